@@ -1,0 +1,1 @@
+"""The one training loop, its state, optimizer, checkpoints, sharding and logs."""

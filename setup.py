@@ -1,0 +1,39 @@
+"""Installs duo_jax: `pip install -e .` on a CPU, `pip install -e .[cuda]` on an NVIDIA GPU."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "cuda": ["jax[cuda13]"],
+    "hub": ["datasets>=3.0"],
+    "test": ["pytest>=8.0", "ruff>=0.12"],
+}
+
+setup(
+    name="duo_jax",
+    version="0.1.0",
+    description="The Diffusion Duality in JAX: uniform-state discrete diffusion language models and few-step samplers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["duo_jax", "duo_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "clu>=0.0.12",
+        "flax>=0.12",
+        "grain>=0.2.11",
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "tensorboardX>=2.6.2",
+        "tiktoken>=0.8",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+)
