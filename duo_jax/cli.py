@@ -1,0 +1,103 @@
+"""The command line's manners: `--config=FILE --config.name=value`, and one clear line for a mistake."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from duo_jax import config as config_lib
+from duo_jax.errors import UserError
+
+
+def _load(path: str) -> ConfigDict:
+    """Returns the config that a file's `get_config()` gives."""
+    if not Path(path).is_file():
+        found = sorted(str(p) for p in Path("configs").glob("*.py"))
+        hint = f"there are {', '.join(found)}" if found else "give the path of a file like configs/quickstart.py"
+        raise UserError(f"--config={path}: no such file; {hint}.")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(["config", f"--config={path}"])
+    return values.config
+
+
+def _check_names(argv: list[str], config: ConfigDict) -> None:
+    """Refuses `--config.a.b=...` whose name the config does not have, naming the nearest one that it has."""
+    known = config_lib.flatten(config)
+    for arg in argv:
+        name = arg.lstrip("-").split("=", 1)[0]
+        if not arg.startswith("-") or not name.startswith("config."):
+            continue
+        key = name.removeprefix("config.")
+        bare = key if key in known else key.removeprefix("no")
+        if key in known or bare in known:
+            continue
+        inside = [k for k in known if k.startswith(key + ".")]
+        if inside:
+            raise UserError(f"--{name} is a group of settings; name one of them, such as --config.{inside[0]}.")
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        last = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+        raise UserError(f"--{name}: no such setting; did you mean --config.{(last or near)[0]}?")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags that `run` defines.
+
+    Raises:
+        UserError: an unknown flag (with the nearest name), a value of the wrong type, a stray word, a missing file.
+    """
+    paths = [arg.split("=", 1)[1] for arg in argv if arg.lstrip("-").startswith("config=")]
+    paths += [b for a, b in zip(argv, argv[1:], strict=False) if a.lstrip("-") == "config"]
+    helping = any(arg.lstrip("-") in ("help", "helpshort", "helpfull") for arg in argv)
+    if paths:
+        _check_names(argv, _load(paths[-1]))
+    elif not helping:
+        raise UserError("--config is missing; give a file, such as --config=configs/quickstart.py.")
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag; settings are given as --config.name=value.")
+    return rest
+
+
+def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
+    """Parses the command line and calls `main(config)`, or `main(config, workdir)` where `workdir` is asked for.
+
+    A `UserError` anywhere below becomes one line on standard error and exit status 2.
+    """
+    config_flags.DEFINE_config_file("config", None, "The recipe: a Python file with get_config().", lock_config=True)
+    if workdir:
+        flags.DEFINE_string("workdir", None, "Where checkpoints, logs, plots and samples of this run are kept.")
+
+    def parse_or_exit(argv: list[str]) -> list[str]:
+        try:
+            return parse(argv)
+        except UserError as error:
+            _fail(error)
+
+    def call(_: list[str]) -> None:
+        try:
+            config = flags.FLAGS.config
+            config_lib.check(config)
+            if not workdir:
+                main(config)
+            elif flags.FLAGS.workdir:
+                main(config, flags.FLAGS.workdir)
+            else:
+                raise UserError("--workdir is missing; give a folder for the run, such as --workdir=runs/quickstart.")
+        except UserError as error:
+            _fail(error)
+
+    app.run(call, flags_parser=parse_or_exit)
+
+
+def _fail(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

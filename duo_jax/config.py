@@ -1,0 +1,181 @@
+"""Every setting there is, with its default and what it does.
+
+The files in `configs/` start from `default()` and change what their recipe changes, so no recipe is written twice.
+A setting is overridden on the command line as `--config.train.steps=1000`. `check` refuses impossible values with one
+sentence before any work begins.
+
+The knobs that papers rarely explain:
+
+* **schedule** `alpha_t` is the share of a token that is still signal. `log_linear` makes `alpha = 1 - (1-eps) t`; with
+  `algo.eps = 1e-3`, `alpha_1 = 1e-3` and not 0, so that `log alpha`, which the network is told, stays finite.
+* **eps_t**: times are drawn from `[eps_t, 1]`; the sliver of nearly clean texts below it has next to no loss and a large
+  variance.
+* **EMA**: the average of the parameters over about `1/(1-ema)` steps; evaluation and sampling use it. It warms up as
+  `min(ema, (1+n)/(10+n))`, so short runs may keep the long-run value, but a run much shorter than `1/(1-ema)` steps is
+  better off with a smaller one (0.999 for 5,000 steps).
+* **noise removal**: what happens at the end of sampling, when a little noise is left: `ancestral` draws from the
+  posterior at `alpha = 1`, `greedy` takes the most probable token (cleaner and less diverse), `none` leaves it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from duo_jax.errors import UserError
+
+MODES = ("train", "eval", "sample")
+ALGORITHMS = ("duo_base",)
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+# What a run may change when it goes on from a checkpoint; all else must be as it was, or it is another run.
+FREE_ON_RESUME = (
+    "mode", "train.steps", "train.log_every", "eval", "sample", "checkpoint", "mesh", "data.dir", "data.path", "data.workers",
+    "model.head_mib", "model.attention",
+)  # fmt: skip
+
+
+def default() -> ConfigDict:
+    """Returns a fresh, unlocked config with the recipe of the paper's OpenWebText run (`small`, 1M steps)."""
+    config = ConfigDict()
+    config.mode = "train"  # train | eval | sample
+    config.seed = 0  # seeds initialisation, data order, noise and dropout
+    config.precision = "auto"  # compute in the blocks: float32 | bfloat16 | auto (by device); parameters are float32
+
+    config.algo = ConfigDict()
+    config.algo.name = "duo_base"  # duo_base: the discrete NELBO throughout
+    config.algo.schedule = "log_linear"  # alpha_t: log_linear | cosine
+    config.algo.eps = 1e-3  # alpha at t = 1
+    config.algo.eps_t = 1e-3  # smallest t drawn in training and evaluation
+
+    config.model = ConfigDict()
+    config.model.size = "small"  # nano | tiny | small | medium; the four below override what the size says
+    config.model.dim = config_dict.placeholder(int)
+    config.model.blocks = config_dict.placeholder(int)
+    config.model.heads = config_dict.placeholder(int)
+    config.model.cond_dim = config_dict.placeholder(int)
+    config.model.length = 1024  # tokens in a row, BOS and EOS included
+    config.model.dropout = 0.1  # on the two residual branches of every block
+    config.model.attention = "auto"  # auto | xla | cudnn
+    config.model.head_mib = 256  # MiB that one chunk of logits may take on a device; the vocabulary is visited in chunks
+
+    config.data = ConfigDict()
+    config.data.source = "wiki"  # wiki | text | openwebtext | lm1b
+    config.data.path = ""  # local files for `text`, or a local copy of a hub data set
+    config.data.tokenizer = "gpt2"  # gpt2 | bert-base-uncased | bpe (trained on the training split)
+    config.data.bpe_size = 512  # vocabulary of `bpe`, special tokens included
+    config.data.dir = "data"  # where token shards are kept, one folder a data set
+    config.data.packing = "packed"  # packed: documents joined and cut | padded: one document a row
+    config.data.workers = 0  # grain worker processes; 0 reads in threads
+
+    config.train = ConfigDict()
+    config.train.steps = 1_000_000
+    config.train.batch_size = 512  # rows over all devices
+    config.train.lr = 3e-4
+    config.train.warmup = 2_500  # steps of linear warm-up, constant afterwards
+    config.train.beta1 = 0.9
+    config.train.beta2 = 0.999
+    config.train.adam_eps = 1e-8
+    config.train.weight_decay = 0.0
+    config.train.clip = 1.0  # global gradient norm
+    config.train.ema = 0.9999
+    config.train.log_every = 100
+
+    config.eval = ConfigDict()
+    config.eval.every = 10_000  # 0: only at the end
+    config.eval.batch_size = 512
+    config.eval.batches = 0  # held-out batches to evaluate; 0: all of them
+
+    config.sample = ConfigDict()
+    config.sample.every = 10_000  # 0: only at the end
+    config.sample.n_steps = 128
+    config.sample.batch_size = 4
+    config.sample.length = config_dict.placeholder(int)  # default: the network's length
+    config.sample.sampler = "ancestral"
+    config.sample.noise_removal = "ancestral"  # ancestral | greedy | none
+    config.sample.top_p = 1.0  # nucleus: keep the smallest set of tokens with this much probability
+    config.sample.seed = 0
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 5_000
+    config.checkpoint.keep = 2  # the newest so many; older ones are deleted
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that split the batch; -1: all that are left
+    config.mesh.fsdp = 1  # devices that also split parameters, EMA and optimizer state
+    return config
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Returns `{"train.steps": 1000, ...}` for a nested config."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """Returns the default config with the values of a checkpoint's record put in; names it does not know are kept."""
+    config = default()
+    with config.unlocked():
+        config.update(ConfigDict(values))
+    return config
+
+
+def changed(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns `"name: was A, is B"` for each setting that may not differ between a checkpoint and the run resuming it."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"config.{key}: was {before.get(key)}, is {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+    ]
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"config.{name} is {value!r}; choose one of {', '.join(allowed)}.")
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what can be checked without data or devices.
+
+    Raises:
+        UserError: one sentence about the first value that cannot work.
+    """
+    _one_of("mode", config.mode, MODES)
+    _one_of("precision", config.precision, PRECISIONS)
+    _one_of("algo.name", config.algo.name, ALGORITHMS)
+    _one_of("algo.schedule", config.algo.schedule, ("log_linear", "cosine"))
+    _one_of("model.attention", config.model.attention, ("auto", "xla", "cudnn"))
+    _one_of("data.packing", config.data.packing, ("packed", "padded"))
+    _one_of("sample.sampler", config.sample.sampler, ("ancestral",))
+    _one_of("sample.noise_removal", config.sample.noise_removal, ("ancestral", "greedy", "none"))
+    for name in ("train.steps", "train.batch_size", "train.log_every", "eval.batch_size", "sample.n_steps",
+                 "sample.batch_size", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib"):  # fmt: skip
+        if flatten(config)[name] < 1:
+            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be at least 1.")
+    for name in ("train.warmup", "eval.every", "eval.batches", "sample.every", "train.weight_decay", "data.workers"):
+        if flatten(config)[name] < 0:
+            raise UserError(f"config.{name} is {flatten(config)[name]}; it must not be negative.")
+    for name in ("model.dropout", "train.ema", "train.beta1", "train.beta2"):
+        if not 0 <= flatten(config)[name] < 1:
+            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be in [0, 1).")
+    for name in ("algo.eps", "algo.eps_t"):
+        if not 0 < flatten(config)[name] < 1:
+            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be strictly between 0 and 1.")
+    for name in ("train.lr", "train.clip", "train.adam_eps"):
+        if flatten(config)[name] <= 0:
+            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be positive.")
+    if not 0 < config.sample.top_p <= 1:
+        raise UserError(f"config.sample.top_p is {config.sample.top_p}; it must be in (0, 1], where 1 keeps every token.")
+    if config.model.length < 3:
+        raise UserError(f"config.model.length is {config.model.length}; a row needs BOS, EOS and a token: at least 3.")
+    if config.mesh.data == 0 or config.mesh.data < -1:
+        raise UserError(f"config.mesh.data is {config.mesh.data}; give a number of devices, or -1 for all that are left.")
