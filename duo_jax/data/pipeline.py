@@ -1,0 +1,263 @@
+"""Batches for training and evaluation out of prepared token shards, through grain.
+
+Training order is a function of the seed and the batch number alone: not of the number of processes, workers or threads.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from duo_jax.data.packing import Batch, Rows, open_rows
+from duo_jax.data.shards import TokenStore
+from duo_jax.data.sources import HELDOUT, TRAIN
+from duo_jax.errors import UserError
+
+
+class TrainIterator(grain.DatasetIterator):
+    """Yields batches forever and can say, and be told, where it is; made by `train_iterator`."""
+
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        identity: dict[str, Any],
+        workers: int,
+        threads: int,
+        prefetch: int,
+    ) -> None:
+        super().__init__()
+        self._batches, self._identity = batches, identity
+        self._workers, self._prefetch = workers, prefetch
+        self._options = grain.ReadOptions(num_threads=threads if prefetch else 0, prefetch_buffer_size=prefetch)
+        self._yielded = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        """Returns `{"tokens": int32 [b, L], "mask": float32 [b, L]}`."""
+        self._assert_not_closed()
+        batch = next(self._running())
+        self._yielded += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns how many batches have been yielded, and of what data: a dictionary that survives JSON."""
+        return {"batches": self._yielded, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where `get_state` was called; the batches that follow are the same, bit for bit.
+
+        Raises:
+            UserError: the state belongs to other data, another seed, batch size, length or packing.
+        """
+        for key, value in self._identity.items():
+            if state.get(key) != value:
+                raise UserError(
+                    f"the data cannot go on where the checkpoint stopped: {key} was {state.get(key)!r} and is now "
+                    f"{value!r}; set it back, or start in a new workdir"
+                )
+        self._stop()
+        self._yielded = int(state["batches"])
+
+    def start_prefetch(self) -> None:
+        """Begins to read ahead without waiting for the first `next`."""
+        self._running().start_prefetch()
+
+    def close(self) -> None:
+        """Ends the threads and worker processes."""
+        super().close()
+        self._stop()
+
+    def __str__(self) -> str:
+        return f"TrainIterator(batches={self._yielded})"
+
+    def _running(self) -> grain.DatasetIterator:
+        if self._iterator is None:
+            # The position is an index into an endless list of batches, so grain's own state, which depends on its
+            # version and on the number of workers, is not needed.
+            batches = self._batches[self._yielded :].to_iter_dataset(self._options)
+            if self._workers:
+                if not flags.FLAGS.is_parsed():  # grain reads a flag of its own, also where no command line is parsed
+                    flags.FLAGS.mark_as_parsed()
+                options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=max(1, self._prefetch))
+                batches = batches.mp_prefetch(options)
+            self._iterator = iter(batches)
+        return self._iterator
+
+    def _stop(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def train_iterator(
+    folder: str | Path,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    packing: str = "packed",
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+    prefetch: int = 16,
+) -> TrainIterator:
+    """Returns an endless iterator over shuffled batches of the training split.
+
+    Every epoch is a new permutation of all rows from `seed`; the rows that do not fill the last batch of an epoch are
+    left out of that epoch. Process p gets rows `[p b, (p + 1) b)` of each global batch, with `b = batch_size /
+    process_count`, so the global batches are the same however many processes there are.
+
+    Args:
+        folder: what `prepare` returned.
+        length: L, the length of a row.
+        batch_size: the global batch size.
+        seed: of the order of the rows.
+        packing: `packed` or `padded`.
+        process_index, process_count: which slice of each global batch to yield.
+        workers: processes that read and pack; 0 does it in this process.
+        threads: threads that read ahead, in each worker process or in this one.
+        prefetch: batches to read ahead, in each worker process or in this one; 0 reads when asked.
+
+    Returns:
+        an iterator over `{"tokens": int32 [b, L], "mask": float32 [b, L]}` with `get_state`, `set_state` and `close`.
+
+    Raises:
+        UserError: the shards are missing or damaged, hold fewer rows than a batch, or a setting is out of range.
+    """
+    local = _local_size(batch_size, process_index, process_count)
+    if not 0 <= seed < 2**64:
+        raise UserError(f"the seed {seed} is out of range: use a number from 0 to 2**64 - 1")
+    if min(workers, prefetch) < 0 or threads < 1:
+        raise UserError("data.workers and the prefetch must be 0 or more, and the threads 1 or more")
+    store = TokenStore(folder, TRAIN)
+    rows = open_rows(store, length, packing)
+    if len(rows) < batch_size:
+        raise UserError(
+            f"{folder} has {len(rows):,} training rows of length {length}, fewer than one batch of {batch_size}: "
+            "lower the batch size or the length, or give more text"
+        )
+    # Adjacent seeds must not share epochs, and grain counts the epoch on to the seed.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    whole = len(rows) // batch_size * batch_size
+    order = grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed)[:whole].batch(batch_size)
+    batches = order.map(_TakeSlice(rows, process_index * local, local)).repeat()
+    identity = {"seed": seed, "batch_size": batch_size, "length": length, "packing": packing}
+    identity["content_hash"] = store.metadata["content_hash"]
+    return TrainIterator(batches, identity, workers, threads, prefetch)
+
+
+class _TakeSlice:
+    """Reads this process's slice of a global batch of row numbers; a class, so that it pickles for the workers."""
+
+    def __init__(self, rows: Rows, start: int, count: int) -> None:
+        self._rows, self._slice = rows, slice(start, start + count)
+
+    def __call__(self, indices: np.ndarray) -> Batch:
+        return self._rows.take(indices[self._slice])
+
+
+class HeldoutBatches:
+    """The held-out rows in order, in batches of one shape: a sequence that can be gone through again and again."""
+
+    def __init__(self, rows: Rows, pad_id: int, batch_size: int, start: int, local: int, count: int) -> None:
+        self._rows, self._pad_id = rows, pad_id
+        self._batch_size, self._start, self._local, self._count = batch_size, start, local, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self._batch(i) for i in range(self._count))
+
+    def _batch(self, index: int) -> Batch:
+        first = index * self._batch_size + self._start
+        indices = np.arange(first, first + self._local)
+        # Rows past the end repeat the last one, to be overwritten.
+        batch = self._rows.take(np.minimum(indices, len(self._rows) - 1))
+        missing = indices >= len(self._rows)
+        batch["tokens"][missing], batch["mask"][missing] = self._pad_id, 0
+        return batch
+
+
+def heldout_batches(
+    folder: str | Path,
+    *,
+    length: int,
+    batch_size: int,
+    packing: str = "packed",
+    max_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> HeldoutBatches:
+    """Returns the batches of the held-out split, the same every time.
+
+    The last batch is filled up with rows of PAD whose mask is 0, so that the shape never changes.
+
+    Args:
+        folder: what `prepare` returned.
+        length: L, the length of a row.
+        batch_size: the global batch size.
+        packing: `packed` or `padded`.
+        max_batches: stop after so many; all if None.
+        process_index, process_count: which slice of each global batch to yield, as in `train_iterator`.
+
+    Returns:
+        a sized iterable over `{"tokens": int32 [b, L], "mask": float32 [b, L]}`.
+
+    Raises:
+        UserError: the shards are missing or damaged, or hold not one row, or a setting is out of range.
+    """
+    local = _local_size(batch_size, process_index, process_count)
+    store = TokenStore(folder, HELDOUT)
+    rows = open_rows(store, length, packing)
+    if not len(rows):
+        raise UserError(
+            f"{folder} has {store.tokens:,} held-out tokens, too few for one row of length {length}: lower the length, "
+            "or give more text"
+        )
+    if max_batches is not None and max_batches < 1:
+        raise UserError(f"max_batches is {max_batches}: use 1 or more, or None for the whole split")
+    count = -(-len(rows) // batch_size)
+    count = count if max_batches is None else min(count, max_batches)
+    return HeldoutBatches(rows, store.metadata["tokenizer"]["pad_id"], batch_size, process_index * local, local, count)
+
+
+def unigram_counts(folder: str | Path, length: int, packing: str = "packed", max_rows: int | None = None) -> np.ndarray:
+    """Counts the ids in the rows that training sees, BOS and EOS included and padding left out.
+
+    Args:
+        folder: what `prepare` returned.
+        length: L, the length of a row.
+        packing: `packed` or `padded`.
+        max_rows: count about so many rows, evenly spaced, instead of all of them.
+
+    Returns:
+        int64 `[K]`.
+
+    Raises:
+        UserError: the shards are missing or damaged, or a setting is out of range.
+    """
+    store = TokenStore(folder, TRAIN)
+    rows = open_rows(store, length, packing)
+    step = max(1, len(rows) // max_rows) if max_rows else 1
+    counts = np.zeros(store.metadata["tokenizer"]["vocab_size"], np.int64)
+    indices = np.arange(0, len(rows), step)
+    for chunk in np.array_split(indices, max(1, len(indices) // 1024)):
+        batch = rows.take(chunk)
+        counts += np.bincount(batch["tokens"][batch["mask"] > 0], minlength=len(counts))
+    return counts
+
+
+def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
+    if not 0 <= process_index < process_count:
+        raise UserError(f"there is no process {process_index} among {process_count}: count from 0")
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"a batch of {batch_size} does not divide among {process_count} processes: use a multiple of "
+            f"{process_count}"
+        )
+    return batch_size // process_count

@@ -1,0 +1,280 @@
+"""Text to token shards, once.
+
+    python -m duo_jax.data.prepare --config=configs/quickstart.py [--config.data.KEY=VALUE ...]
+
+Training calls `prepare` by itself, so the command is only needed to do it beforehand; on a finished folder it checks
+every hash. The 5M characters of `wiki` take a few seconds.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from duo_jax.data import shards, sources, tokenizers
+from duo_jax.errors import UserError
+
+TOKENIZER_FOLDER = "tokenizer"
+# A BPE of a few thousand merges is settled long before this; more text would only take more memory and time.
+BPE_TRAINING_CHARACTERS = 10**9
+
+_BATCH_CHARACTERS = 4_000_000
+
+
+def shards_folder(data: Any) -> Path:
+    """Returns where the shards of a `config.data` block belong, e.g. `data/wiki-bpe512`, whether or not they exist.
+
+    Raises:
+        UserError: the source or the tokenizer is unknown.
+    """
+    if data.source not in sources.NAMES:
+        raise UserError(f"unknown data source {data.source!r}: choose one of {', '.join(sources.NAMES)}")
+    size = tokenizers.vocab_size(data.tokenizer, data.bpe_size)
+    tokenizer = f"bpe{size}" if data.tokenizer == "bpe" else data.tokenizer
+    path = hashlib.sha256(str(Path(data.path).resolve()).encode()).hexdigest()[:8] if data.path else ""
+    return Path(data.dir) / "-".join(filter(None, (data.source, path, tokenizer)))
+
+
+def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that a prepared folder was made with.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return tokenizers.load(Path(folder) / TOKENIZER_FOLDER)
+
+
+def prepare(data: Any, *, verbose: bool = True) -> Path:
+    """Makes the token shards that a `config.data` block describes, unless they are there already.
+
+    The folder appears in one rename when all of it is on the disk: a process that is killed leaves nothing that a
+    reader could take for shards, and the next call removes what it left. Two processes that prepare the same folder
+    take turns, and the second finds it done.
+
+    Args:
+        data: the config block, with `source`, `path`, `tokenizer`, `bpe_size` and `dir`.
+        verbose: show a progress bar and a summary on stderr.
+
+    Returns:
+        the folder, for `train_iterator`, `heldout_batches` and `load_tokenizer`.
+
+    Raises:
+        UserError: a setting is wrong; the text or the tokenizer's files are missing; the folder cannot be written, the
+            disk is full, or the folder holds damaged or other shards.
+    """
+    folder = shards_folder(data)
+    if folder.exists():
+        _check(folder, data)
+        return folder
+    with _explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, verbose):
+            if not folder.exists():
+                _make(folder, data, verbose)
+    _check(folder, data)
+    return folder
+
+
+def summary(folder: str | Path) -> str:
+    """Returns a few lines on what a prepared folder holds.
+
+    Raises:
+        UserError: there are no shards, or they are damaged.
+    """
+    metadata = shards.read_metadata(Path(folder))
+    tokenizer = metadata["tokenizer"]
+    lines = [f"{folder}: {metadata['source']['name']}, tokenizer {tokenizer['name']} (K = {tokenizer['vocab_size']:,})"]
+    for name, split in metadata["splits"].items():
+        per_token = split["characters"] / split["tokens"]
+        lines.append(
+            f"  {name:8}{split['documents']:>12,} documents{split['tokens']:>16,} tokens"
+            f"{len(split['shards']):>5} shards{per_token:>7.2f} characters a token"
+        )
+    return "\n".join(lines)
+
+
+def _check(folder: Path, data: Any) -> None:
+    """Raises UserError unless the folder's shards are whole and made from what `data` names."""
+    metadata = shards.read_metadata(folder)
+    wanted = (data.source, data.tokenizer, tokenizers.vocab_size(data.tokenizer, data.bpe_size))
+    found = (metadata["source"]["name"], metadata["tokenizer"]["name"], metadata["tokenizer"]["vocab_size"])
+    if found != wanted:
+        raise UserError(
+            f"{folder} was made from {found[0]} with the tokenizer {found[1]} of {found[2]} ids, not from {wanted[0]} "
+            f"with {wanted[1]} of {wanted[2]}: remove it, or set another data.dir"
+        )
+    try:
+        identity = sources.open_source(data.source, data.path).identity
+    except UserError:
+        return  # the text is no longer here, and is no longer needed
+    if identity != metadata["source"]["identity"]:
+        raise UserError(
+            f"the text of {data.source} has changed since {folder} was made from it: remove the folder to prepare it "
+            "anew, or set another data.dir"
+        )
+
+
+def _make(folder: Path, data: Any, verbose: bool) -> None:
+    source = sources.open_source(data.source, data.path)
+    partial = folder.with_name(f".{folder.name}.partial")
+    # The lock is held, so whatever lies here belongs to a process that was killed.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        tokenizer = _tokenizer(source, data, verbose)
+        metadata = _write_splits(partial, source, tokenizer, verbose)
+        metadata["source"] = {"name": data.source, "path": str(data.path), "identity": source.identity}
+        tokenizer.save(partial / TOKENIZER_FOLDER)
+        (partial / shards.METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if verbose:
+        print(summary(folder), file=sys.stderr)
+
+
+def _tokenizer(source: sources.Source, data: Any, verbose: bool) -> tokenizers.Tokenizer:
+    if data.tokenizer != "bpe":
+        return tokenizers.load(data.tokenizer)
+    bar = tqdm(source.documents(), "reading for the BPE", source.count(), unit=" documents", disable=not verbose)
+    with bar as documents:
+        return tokenizers.train_bpe(_first_characters(documents), data.bpe_size)
+
+
+def _first_characters(documents: sources.Documents) -> Iterator[str]:
+    total = 0
+    for split, text in documents:
+        if split == sources.TRAIN:
+            yield text
+            total += len(text)
+        if total >= BPE_TRAINING_CHARACTERS:
+            return
+
+
+def _write_splits(
+    folder: Path, source: sources.Source, tokenizer: tokenizers.Tokenizer, verbose: bool
+) -> dict[str, Any]:
+    dtype = shards.token_dtype(tokenizer.vocab_size)
+    writers = {split: shards.ShardWriter(folder, split, dtype) for split in sources.SPLITS}
+    characters = dict.fromkeys(sources.SPLITS, 0)
+    with tqdm(total=source.count(), desc="tokenizing", unit=" documents", disable=not verbose) as bar:
+        for batch in _batches(source.documents()):
+            encoded = tokenizer.encode_batch([text for _, text in batch])
+            for (split, text), ids in zip(batch, encoded, strict=True):
+                writers[split].write([*ids, tokenizer.eos_id])
+                characters[split] += len(text)
+            bar.update(len(batch))
+    splits = {}
+    for split, writer in writers.items():
+        writer.close()
+        totals = {key: sum(entry[key] for entry in writer.entries) for key in ("documents", "tokens")}
+        if not totals["documents"]:
+            raise UserError(
+                f"the {split} split came out empty, for the text has too few documents: give more, or put blank lines "
+                "between the documents of .txt files"
+            )
+        splits[split] = totals | {"characters": characters[split], "shards": writer.entries}
+    special = {key: getattr(tokenizer, key) for key in ("bos_id", "eos_id", "pad_id", "mask_id")}
+    return {
+        "format_version": shards.FORMAT_VERSION,
+        "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, **special},
+        "dtype": dtype.str,
+        "content_hash": shards.content_hash(splits),
+        "splits": splits,
+    }
+
+
+def _batches(documents: sources.Documents) -> Iterator[list[tuple[str, str]]]:
+    """Groups documents into batches of a few million characters: enough to keep all cores busy, little to hold."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for split, text in documents:
+        batch.append((split, text))
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, verbose: bool) -> Iterator[None]:
+    """Holds the folder's lock, which the kernel releases however the process ends."""
+    path = folder.with_name(f".{folder.name}.lock")
+    for attempt in itertools.count():
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if verbose and attempt == 0:
+                    print(f"waiting for another process that prepares {folder}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held the lock before may have removed its file: then this is a lock on nothing.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns the disk's errors into one sentence on what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "the disk is full: free some space, or set data.dir to another disk"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            advice = f"{error.filename or folder} is not writable ({error.strerror}): set data.dir to another folder"
+        else:
+            advice = str(error)
+        raise UserError(f"the token shards cannot be written to {folder}: {advice}") from error
+
+
+def main(argv: list[str]) -> None:
+    """Prepares, or checks what is prepared, and prints the summary."""
+    del argv
+    data = _CONFIG.value.data
+    try:
+        folder = shards_folder(data)
+        if folder.exists():
+            prepare(data)
+            shards.verify(folder)
+            print(f"{summary(folder)}\n  already there; every hash is right")
+        else:
+            prepare(data)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    from absl import app
+    from ml_collections import config_flags
+
+    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    app.run(main)

