@@ -1,0 +1,48 @@
+"""Shapes and keys: how per-sequence values meet per-token arrays, and one random key a token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from duo_jax.errors import UserError
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises UserError unless there are at least two tokens to choose between."""
+    if vocab_size < 2:
+        raise UserError(f"vocab_size must be at least 2, not {vocab_size}")
+
+
+def per_token(value: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Spreads a signal level over the tokens: scalar, `[B]`, `[B, 1]` or `[B, L]` to `shape` = `[B, L]`.
+
+    Axes are matched from the left, so `[B]` is one value a sequence even where B = L.
+    """
+    value = jnp.asarray(value)
+    if value.ndim > len(shape) or any(have not in (1, want) for have, want in zip(value.shape, shape, strict=False)):
+        raise UserError(f"a signal level of shape {value.shape} does not fit tokens of shape {shape}")
+    return jnp.broadcast_to(value.reshape(value.shape + (1,) * (len(shape) - value.ndim)), shape)
+
+
+def token_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """One typed key a token, of the given shape, so that a draw does not depend on how the tokens are cut."""
+    return jax.random.split(key, shape)
+
+
+def map_keys(function: Callable[[jax.Array], Any], keys: jax.Array) -> Any:
+    """Applies a function of one key to keys of any shape `[...]`; each output `[o]` becomes `[..., o]`."""
+    outputs = jax.vmap(function)(keys.reshape(-1))
+    return jax.tree.map(lambda out: out.reshape(keys.shape + out.shape[1:]), outputs)
+
+
+def take(values: jax.Array, ids: jax.Array) -> jax.Array:
+    """The entry of `values [..., K]` at `ids [...]`, shape `[...]`."""
+    return jnp.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
+
+
+def as_float(values: jax.typing.ArrayLike) -> jax.Array:
+    """At least float32: losses and probabilities are never computed in half precision."""
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))

@@ -1,0 +1,108 @@
+"""Drawing tokens from a large vocabulary, and nucleus filtering, in few passes over it and in float32."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from duo_jax.diffusion.arrays import as_float, map_keys
+from duo_jax.errors import UserError
+
+
+# What float32 may add to a sum of probabilities: masses .5 + .3 + .15 do not exceed top_p = .95.
+_MASS_ROUNDING = 1e-6
+
+
+def _gumbel(key: jax.Array, n: int) -> jax.Array:
+    # The default float32 Gumbel ends near 16, which lowers the temperature of everything rarer than 1e-7.
+    return jax.random.gumbel(key, (n,), jnp.float32, mode="high")
+
+
+def _block_size(vocab_size: int) -> int:
+    return math.isqrt(vocab_size - 1) + 1
+
+
+def _block_log_sums(logits: jax.Array, size: int) -> jax.Array:
+    """log-sum-exp of each run of `size` logits: `[..., K]` to `[..., ceil(K / size)]`."""
+    vocab_size = logits.shape[-1]
+    n_blocks = -(-vocab_size // size)
+    # The padding fuses into the reductions: no padded copy of the vocabulary is written.
+    widths = [(0, 0)] * (logits.ndim - 1) + [(0, n_blocks * size - vocab_size)]
+    padded = jnp.pad(logits, widths, constant_values=-jnp.inf)
+    return jax.nn.logsumexp(padded.reshape(*logits.shape[:-1], n_blocks, size), axis=-1)
+
+
+def draw_with_log_normaliser(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One token from softmax(logits), and log sum exp(logits), which the draw needs anyway.
+
+    keys `[...]`: one typed key a token. logits `[..., K]`, -inf where a token is impossible. Returns ids int32 `[...]`
+    and the log-normaliser `[...]`.
+
+    Two levels of Gumbel argmax, over blocks of about sqrt(K) tokens by their total mass and then within the chosen
+    block: exact, with 2 sqrt(K) random numbers in place of K.
+    """
+    logits = as_float(logits)
+    vocab_size = logits.shape[-1]
+    size = _block_size(vocab_size)
+    block_logits = _block_log_sums(logits, size)
+    n_blocks = block_logits.shape[-1]
+
+    def noise(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outer, inner = jax.random.split(key)
+        return _gumbel(outer, n_blocks), _gumbel(inner, size)
+
+    block_noise, token_noise = map_keys(noise, keys)
+    block = jnp.argmax(block_logits + block_noise, axis=-1)
+    ids = block[..., None] * size + jnp.arange(size)
+    within = jnp.take_along_axis(logits, jnp.minimum(ids, vocab_size - 1), axis=-1)
+    within = jnp.where(ids < vocab_size, within + token_noise, -jnp.inf)
+    chosen = block * size + jnp.argmax(within, axis=-1)
+    return chosen.astype(jnp.int32), jax.nn.logsumexp(block_logits, axis=-1)
+
+
+def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """One token from softmax(logits): keys `[...]` (one a token), logits `[..., K]`, returns ids int32 `[...]`."""
+    return draw_with_log_normaliser(keys, logits)[0]
+
+
+def nucleus(logits: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:
+    """Keeps the most probable tokens of total mass `top_p`, and sets the other logits to -inf (not renormalised).
+
+    logits `[..., K]`; `top_p` in (0, 1] a scalar (may be traced) or `[...]`. A token stays when the mass of those
+    strictly more probable is at most `top_p`; so the token that crosses the threshold stays, as do its exact ties.
+    """
+    if isinstance(top_p, int | float) and not 0.0 < top_p <= 1.0:
+        raise UserError(f"top_p must lie in (0, 1], not {top_p}")
+    top_p = jnp.asarray(top_p)
+    # The guard also keeps every token at 1.0, where a rounded sum above 1 would cut the tail.
+    return lax.cond(jnp.all(top_p >= 1.0), lambda values: values, lambda values: _cut_tail(values, top_p), logits)
+
+
+def _cut_tail(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Finds the threshold by bisection on the bits of a float: exact, one pass over K a bit, no sort and no copy."""
+    values = as_float(logits).astype(jnp.float32)
+    top = jnp.max(values, axis=-1, keepdims=True)
+    log_total = jax.nn.logsumexp(values - top, axis=-1)
+    tokens = values.shape[:-1]
+
+    def depth(values: jax.Array) -> jax.Array:
+        # Non-negative floats are ordered as their bit patterns are, so this is top - logit on an integer scale.
+        return lax.bitcast_convert_type(jnp.maximum(top - values, 0.0), jnp.int32)
+
+    def mass_above(limit: jax.Array) -> jax.Array:
+        """Probability of the tokens that lie strictly less than `limit` below the top."""
+        weight = jnp.exp(values - top - log_total[..., None])
+        return jnp.sum(jnp.where(depth(values) < limit[..., None], weight, 0.0), axis=-1)
+
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # a token at depth `low` stays, one at depth `high` goes
+        middle = low + (high - low) // 2
+        stays = mass_above(middle) <= top_p + _MASS_ROUNDING
+        return jnp.where(stays, middle, low), jnp.where(stays, high, middle)
+
+    # 0x7F800000 is infinity: 31 halvings leave two neighbouring floats.
+    bounds = jnp.zeros(tokens, jnp.int32), jnp.full(tokens, 0x7F800001, jnp.int32)
+    limit, _ = lax.fori_loop(0, 31, halve, bounds)
+    cut = jnp.where(jnp.broadcast_to(top_p, tokens) >= 1.0, 0x7F800000, limit)
+    return jnp.where(depth(values) <= cut[..., None], logits, -jnp.inf)

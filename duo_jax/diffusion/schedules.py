@@ -1,0 +1,133 @@
+"""Noise schedules: the signal level alpha as a function of time, its derivative and inverse, and how times are drawn.
+
+Time runs from 0 (clean) to 1 (noise); alpha falls from 1 to nearly 0. A schedule is a frozen dataclass, so that it can
+be a static argument of a jitted function. `alpha`, `dalpha` and `inverse` take arrays of any shape and keep it.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from duo_jax.errors import UserError
+
+
+class Schedule(Protocol):
+    """What samplers and losses ask of a schedule."""
+
+    def alpha(self, t: jax.typing.ArrayLike) -> jax.Array:
+        """Signal level alpha(t), same shape as t."""
+        ...
+
+    def dalpha(self, t: jax.typing.ArrayLike) -> jax.Array:
+        """Derivative d alpha / d t (negative), same shape as t."""
+        ...
+
+    def inverse(self, alpha: jax.typing.ArrayLike) -> jax.Array:
+        """The time t at which the signal level is alpha, same shape as alpha."""
+        ...
+
+
+def _check_eps(eps: float) -> None:
+    if not 0.0 <= eps < 1.0:
+        raise UserError(f"a schedule's eps must lie in [0, 1), not {eps}")
+
+
+def _one_minus_u(t: jax.Array, eps: float) -> jax.Array:
+    # 1 - (1-eps) t, written so that nothing cancels as t -> 1: there 1 - t is exact in floating point.
+    return (1.0 - t) + eps * t
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLinear:
+    """alpha(t) = 1 - (1-eps) t, so that sigma = -log alpha is logarithmic in t (MDLM, arXiv 2406.07524, app. E.1)."""
+
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def alpha(self, t: jax.typing.ArrayLike) -> jax.Array:
+        """Signal level alpha(t), same shape as t."""
+        return _one_minus_u(jnp.asarray(t), self.eps)
+
+    def dalpha(self, t: jax.typing.ArrayLike) -> jax.Array:
+        """Derivative d alpha / d t = -(1-eps), same shape as t."""
+        return jnp.full_like(jnp.asarray(t, dtype=jnp.result_type(t, jnp.float32)), -(1.0 - self.eps))
+
+    def inverse(self, alpha: jax.typing.ArrayLike) -> jax.Array:
+        """The time t at which the signal level is alpha, same shape as alpha."""
+        return (1.0 - jnp.asarray(alpha)) / (1.0 - self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """alpha(t) = 1 - cos(pi/2 (1-u)) with u = (1-eps) t (MDLM, arXiv 2406.07524, app. E.1)."""
+
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def alpha(self, t: jax.typing.ArrayLike) -> jax.Array:
+        """Signal level alpha(t), same shape as t."""
+        # 1 - cos y = 2 sin^2(y/2): alpha(1) is about 1e-6, which 1 - cos y loses in float32.
+        half_angle = 0.25 * jnp.pi * _one_minus_u(jnp.asarray(t), self.eps)
+        return 2.0 * jnp.sin(half_angle) ** 2
+
+    def dalpha(self, t: jax.typing.ArrayLike) -> jax.Array:
+        """Derivative d alpha / d t = -(1-eps) pi/2 sin(pi/2 (1-u)), same shape as t."""
+        angle = 0.5 * jnp.pi * _one_minus_u(jnp.asarray(t), self.eps)
+        return -(1.0 - self.eps) * 0.5 * jnp.pi * jnp.sin(angle)
+
+    def inverse(self, alpha: jax.typing.ArrayLike) -> jax.Array:
+        """The time t at which the signal level is alpha, same shape as alpha."""
+        angle = 2.0 * jnp.arcsin(jnp.sqrt(0.5 * jnp.asarray(alpha)))
+        return (1.0 - angle * (2.0 / jnp.pi)) / (1.0 - self.eps)
+
+
+def log_linear(eps: float = 1e-3) -> LogLinear:
+    """The log-linear schedule, whose last signal level is alpha(1) = eps."""
+    return LogLinear(eps)
+
+
+def cosine(eps: float = 1e-3) -> Cosine:
+    """The cosine schedule, whose last signal level is alpha(1) = 1 - cos(pi/2 eps)."""
+    return Cosine(eps)
+
+
+_BY_NAME = {"log-linear": log_linear, "cosine": cosine}
+
+
+def by_name(name: str, eps: float = 1e-3) -> Schedule:
+    """The schedule that a configuration names: `log-linear` (also `log_linear`, `loglinear`) or `cosine`."""
+    spelled = {"log_linear": "log-linear", "loglinear": "log-linear"}.get(name, name)
+    if spelled not in _BY_NAME:
+        raise UserError(f"unknown noise schedule {name!r}: choose one of {', '.join(_BY_NAME)}")
+    return _BY_NAME[spelled](eps)
+
+
+def sigma(alpha: jax.typing.ArrayLike) -> jax.Array:
+    """The noise level on which the network is conditioned, sigma = -log alpha, same shape as alpha."""
+    return -jnp.log(jnp.asarray(alpha))
+
+
+def spread(offset: jax.typing.ArrayLike, n: int, eps: float = 1e-3) -> jax.Array:
+    """`n` times in [eps, 1], the i-th from the i-th of n equal cells: t_i = eps + (1-eps) (i + offset) / n.
+
+    `offset` in [0, 1) is a scalar (equally spaced times) or `[n]` (independent within the cells). Returns `[n]`.
+    """
+    cell = (jnp.arange(n) + jnp.asarray(offset)) / n
+    return eps + (1.0 - eps) * cell
+
+
+def sample_t(key: jax.Array, n: int, eps: float = 1e-3) -> jax.Array:
+    """Low-discrepancy times `[n]` in [eps, 1]: one uniform offset, then equally spaced (I, section 5; VDM, app. I.1).
+
+    Each time alone is uniform on [eps, 1]; together they cover it evenly, which lowers the variance of the loss. Call
+    it once for the global batch, not once a device.
+    """
+    if n < 1:
+        raise UserError(f"the number of times to draw must be at least 1, not {n}")
+    return spread(jax.random.uniform(key), n, eps)

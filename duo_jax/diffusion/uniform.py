@@ -1,0 +1,247 @@
+"""Uniform-state diffusion: forward process, posterior, mixture step and the Rao-Blackwellised NELBO.
+
+*The Diffusion Duality* (arXiv 2506.10892, "I"). Shapes: tokens `[B, L]`, logits and probabilities `[B, L, K]`. A signal
+level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]` (see `arrays.per_token`). The functions that visit the vocabulary
+take any leading shape `[...]`, so that a caller may walk through the tokens in chunks. Losses are in nats.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from duo_jax.diffusion import categorical
+from duo_jax.diffusion.arrays import as_float, check_vocab_size, map_keys, per_token, take, token_keys
+from duo_jax.diffusion.special import excess
+from duo_jax.errors import UserError
+
+# Below the smallest non-zero 1 - alpha of float32: alpha = 1 then costs a large finite loss, not an infinite one.
+_MIN_NOISE = 1e-8
+_MIN_SIGNAL = 1e-12
+
+
+def q_sample(key: jax.Array, x: jax.Array, alpha_t: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
+    """Draws z_t ~ Cat(alpha_t x + (1-alpha_t)/K 1) (I, eq. 2): x int `[B, L]`, to int32 `[B, L]`."""
+    check_vocab_size(vocab_size)
+    move_key, token_key = jax.random.split(key)
+    moves = jax.random.uniform(move_key, x.shape) < 1.0 - per_token(alpha_t, x.shape)
+    return jnp.where(moves, prior_sample(token_key, x.shape, vocab_size), x).astype(jnp.int32)
+
+
+def prior_sample(key: jax.Array, shape: tuple[int, ...], vocab_size: int) -> jax.Array:
+    """Draws z_1 from the prior, uniform over K: int32 of the given shape."""
+    return jax.random.randint(key, shape, 0, vocab_size, jnp.int32)
+
+
+def posterior(p: jax.Array, z_t: jax.Array, alpha_s: jax.typing.ArrayLike, alpha_t: jax.typing.ArrayLike) -> jax.Array:
+    """q(z_s | z_t, x = p) as a dense table `[B, L, K]` (I, eq. 3): p `[B, L, K]`, z_t int `[B, L]`, alpha_s >= alpha_t.
+
+    The definition, kept for tests and for guidance, which needs the whole table; samplers use `mixture_step`.
+    """
+    vocab_size = p.shape[-1]
+    alpha_s, alpha_t = (per_token(alpha, z_t.shape)[..., None] for alpha in (alpha_s, alpha_t))
+    ratio = alpha_t / alpha_s
+    # Both factors carry a K, so that nothing is of order 1/K^2.
+    transition = vocab_size * ratio * jax.nn.one_hot(z_t, vocab_size, dtype=p.dtype) + (1.0 - ratio)
+    marginal_s = vocab_size * alpha_s * p + (1.0 - alpha_s)
+    marginal_t = vocab_size * alpha_t * take(p, z_t)[..., None] + (1.0 - alpha_t)
+    return transition * marginal_s / (vocab_size * marginal_t)
+
+
+def mixture_step(
+    keys: jax.Array,
+    logits: jax.Array,
+    z_t: jax.Array,
+    alpha_s: jax.typing.ArrayLike,
+    alpha_t: jax.typing.ArrayLike,
+    kappa: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+    """Draws z_s given z_t, with p = softmax(logits) in place of x, as a three-way mixture: no table, one draw.
+
+    keys `[...]` (one a token), logits `[..., K]`, z_t int `[...]`, alpha_s >= alpha_t, returns int32 `[...]`.
+
+    The posterior (I, eq. 3) stays at i = z_t with weight K alpha_t p_i + a (1-alpha_s), where a = alpha_t / alpha_s,
+    draws from p with weight (1-a) alpha_s, and draws a uniform token with weight (1-a) (1-alpha_s). `kappa` < 1 gives
+    the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) + (1-alpha_s)/K], which mixes
+    the same three.
+    """
+    vocab_size = logits.shape[-1]
+    alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
+
+    def noise(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        which, token, other = jax.random.split(key, 3)
+        # mode="high" keeps branches far rarer than float32's uniform grid of 1e-7 at their own rate.
+        return jax.random.gumbel(which, (3,), mode="high"), token, prior_sample(other, (), vocab_size)
+
+    which_noise, draw_keys, uniform_ids = map_keys(noise, keys)
+    drawn, log_normaliser = categorical.draw_with_log_normaliser(draw_keys, logits)
+    signal = vocab_size * alpha_t * jnp.exp(as_float(take(logits, z_t)) - log_normaliser)
+    # 1 - a as a quotient of the difference: alpha_t / alpha_s would round it away when the step is short.
+    jump = jnp.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s, 0.0)
+    weights = (
+        signal * (kappa + (1.0 - kappa) * alpha_s) + kappa * (1.0 - jump) * (1.0 - alpha_s),
+        alpha_s * (kappa * jump + (1.0 - kappa) * (1.0 - alpha_t)),
+        (1.0 - alpha_s) * (kappa * jump + (1.0 - kappa) * (signal + 1.0 - alpha_t)),
+    )
+    branch = jnp.argmax(jnp.log(jnp.stack(weights, axis=-1)) + which_noise, axis=-1)
+    return jnp.select([branch == 0, branch == 1], [z_t, drawn], uniform_ids).astype(jnp.int32)
+
+
+def step(
+    key: jax.Array,
+    log_p: jax.Array,
+    z_t: jax.Array,
+    alpha_s: jax.typing.ArrayLike,
+    alpha_t: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Draws z_s ~ q(z_s | z_t, x = exp(log_p)) (I, eq. 3): log_p `[B, L, K]`, z_t int `[B, L]`, to int32 `[B, L]`."""
+    return mixture_step(token_keys(key, z_t.shape), log_p, z_t, alpha_s, alpha_t)
+
+
+def nelbo(
+    log_p: jax.Array,
+    z_t: jax.Array,
+    x: jax.Array,
+    alpha_t: jax.typing.ArrayLike,
+    dalpha_t: jax.typing.ArrayLike,
+) -> jax.Array:
+    """The bound's integrand f (I, eq. for f_Duo), nats per token `[B, L]`: log_p `[B, L, K]`, z_t and x int `[B, L]`.
+
+    Its mean over t ~ U[0, 1] and z_t ~ q(z_t | x) bounds the negative log-likelihood. dalpha_t is d alpha / d t < 0.
+    """
+    return nelbo_from_logits(log_p, z_t, x, alpha_t, dalpha_t)
+
+
+def nelbo_from_logits(
+    logits: jax.Array,
+    z_t: jax.Array,
+    x: jax.Array,
+    alpha: jax.typing.ArrayLike,
+    dalpha: jax.typing.ArrayLike,
+) -> jax.Array:
+    """As `nelbo`, from unnormalised logits `[..., K]` of any leading shape; everything else `[...]` or wider.
+
+    With i = z_t, true rate ratios r_j = xbar_j / xbar_i and predicted r_hat_j = pbar_j / pbar_i, the published f is
+
+        f = -alpha' / (K alpha) * sum_{j != i} r_j (y_j - 1 - log y_j),    y_j = r_hat_j / r_j,
+
+    a sum of non-negative terms. In this order nothing of order K or 1/alpha cancels: float32 keeps about 1e-6 relative.
+    Three passes over the vocabulary forward and two backward, with no temporary of its size but the gradient.
+    """
+    if not z_t.shape == x.shape == logits.shape[:-1]:
+        raise UserError(f"logits {logits.shape}, z_t {z_t.shape} and x {x.shape} do not describe the same tokens")
+    check_vocab_size(logits.shape[-1])
+    return _nelbo(logits, z_t, x, as_float(per_token(alpha, x.shape)), as_float(per_token(dalpha, x.shape)))
+
+
+class _Terms(NamedTuple):
+    """What the terms of one token share, each `[...]`; s_j = (K alpha / (1-alpha)) p_j, so that pbar_j ~ 1 + s_j."""
+
+    top: jax.Array  # the largest logit
+    clean: jax.Array  # s_j of a one-hot: K alpha / (1-alpha)
+    scale: jax.Array  # s_j = scale exp(logit_j - top)
+    gain: jax.Array  # y_j = gain (1 + s_j) for the tokens j other than i and x
+    gain_minus_1: jax.Array
+    rate: jax.Array  # r_j of those tokens
+    s_i: jax.Array
+    s_x: jax.Array
+    drift: jax.Array  # sum over j != i of (r_hat_j - r_j)
+    d_x: jax.Array  # y_x - 1, where x is not i
+    log_y_x: jax.Array
+
+
+def _others(logits: jax.Array, z_t: jax.Array, x: jax.Array) -> jax.Array:
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return (ids != z_t[..., None]) & (ids != x[..., None])
+
+
+def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) -> _Terms:
+    same = z_t == x
+    signal, noise = jnp.maximum(alpha, _MIN_SIGNAL), jnp.maximum(1.0 - alpha, _MIN_NOISE)
+    per_noise = logits.shape[-1] / noise
+    clean = per_noise * signal
+    top = jnp.max(logits, axis=-1)
+    rest = jnp.sum(jnp.where(_others(logits, z_t, x), jnp.exp(logits - top[..., None]), 0.0), axis=-1)
+    e_i, e_x = jnp.exp(take(logits, z_t) - top), jnp.exp(take(logits, x) - top)
+    total = rest + e_i + jnp.where(same, 0.0, e_x)
+    # 1 - p_x from the other tokens' mass: 1 - exp(log p_x) would lose it for a confident network.
+    missing = clean * (rest + jnp.where(same, 0.0, e_i)) / total
+    s_i, s_x = clean * e_i / total, clean * e_x / total
+    away = jnp.where(same, missing, -s_i)
+    d_x = -(missing + s_i + s_i * clean) / ((1.0 + s_i) * (1.0 + clean))
+    return _Terms(
+        top=top,
+        clean=clean,
+        scale=clean / total,
+        gain=jnp.where(same, 1.0 + clean, 1.0) / (1.0 + s_i),
+        gain_minus_1=away / (1.0 + s_i),
+        rate=jnp.where(same, 1.0 / (1.0 + clean), 1.0),
+        s_i=s_i,
+        s_x=s_x,
+        drift=per_noise * away / ((1.0 + s_i) * jnp.where(same, 1.0 + clean, 1.0)),
+        d_x=jnp.where(same, 0.0, d_x),
+        log_y_x=jnp.where(same, 0.0, jnp.log1p(s_x) - jnp.log1p(s_i) - jnp.log1p(clean)),
+    )
+
+
+def _s_and_d(logits: jax.Array, terms: _Terms) -> tuple[jax.Array, jax.Array]:
+    """s_j and y_j - 1 of the tokens other than z_t and x, `[..., K]`; always fused into what consumes them."""
+    # Behind the barrier the exponentials are not the ones of the first pass, so the compiler computes them twice
+    # instead of keeping them: a [..., K] buffer costs more than an exp.
+    terms = lax.optimization_barrier(terms)
+    s = terms.scale[..., None] * jnp.exp(logits - terms.top[..., None])
+    return s, terms.gain[..., None] * s + terms.gain_minus_1[..., None]
+
+
+@jax.custom_vjp
+def _nelbo(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array, dalpha: jax.Array) -> jax.Array:
+    return _nelbo_forward(logits, z_t, x, alpha, dalpha)[0]
+
+
+def _nelbo_forward(
+    logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array, dalpha: jax.Array
+) -> tuple[jax.Array, tuple]:
+    values = as_float(logits)
+    terms, same, others = _terms(values, z_t, x, alpha), z_t == x, _others(values, z_t, x)
+    s, d = _s_and_d(values, terms)
+    # log(gain) by log1p where gain >= 1; where it is 1 / (1 + s_i), gain - 1 may have rounded to -1.
+    log_gain = jnp.where(same, jnp.log1p(jnp.maximum(terms.gain_minus_1, 0.0)), -jnp.log1p(terms.s_i))
+    gaps = jnp.sum(jnp.where(others, excess(d, jnp.log1p(s) + log_gain[..., None]), 0.0), axis=-1)
+    bound = terms.rate * gaps + (1.0 + terms.clean) * excess(terms.d_x, terms.log_y_x)
+    scale = -dalpha / (values.shape[-1] * jnp.maximum(alpha, _MIN_SIGNAL))
+    return scale * bound, (logits, z_t, x, alpha, dalpha, terms, gaps, bound)
+
+
+def _nelbo_backward(residuals: tuple, cotangent: jax.Array) -> tuple:
+    """The gradient in closed form, from dF/ds_j = (r_hat_j - r_j) / (1 + s_j) for j != i; exact in every argument."""
+    logits, z_t, x, alpha, dalpha, terms, gaps, bound = residuals
+    values = as_float(logits)
+    vocab_size = values.shape[-1]
+    same = z_t == x
+    signal, noise = jnp.maximum(alpha, _MIN_SIGNAL), jnp.maximum(1.0 - alpha, _MIN_NOISE)
+    scale = -dalpha / (vocab_size * signal)
+
+    # s_j dF/ds_j at i, at x and at the others; then through the softmax.
+    s, d = _s_and_d(values, terms)
+    pull = jnp.sum(jnp.where(_others(values, z_t, x), d * (s / (1.0 + s)), 0.0), axis=-1)
+    at_i = -terms.drift * (terms.s_i / (1.0 + terms.s_i))
+    at_x = (1.0 + terms.clean) * terms.d_x * (terms.s_x / (1.0 + terms.s_x))
+    total = terms.rate * pull + at_x + at_i
+    weight = cotangent * scale
+    s, d = _s_and_d(values, terms)
+    ids = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    direct = terms.rate[..., None] * d * (s / (1.0 + s))
+    direct = jnp.where(ids == x[..., None], at_x[..., None], direct)
+    direct = jnp.where(ids == z_t[..., None], at_i[..., None], direct)
+    d_logits = weight[..., None] * (direct - s * (total / terms.clean)[..., None])
+
+    # alpha enters through the scale and through s: by the prediction (total / clean) and by the true ratios r_j.
+    sum_log_y = terms.drift / terms.rate - gaps
+    by_truth = jnp.where(same, terms.rate**2 * sum_log_y, -terms.log_y_x)
+    d_alpha = scale * (vocab_size / noise**2 * (total / terms.clean + by_truth) - bound / signal)
+    d_dalpha = -bound / (vocab_size * signal)
+    return d_logits.astype(logits.dtype), None, None, cotangent * d_alpha, cotangent * d_dalpha
+
+
+_nelbo.defvjp(_nelbo_forward, _nelbo_backward)
