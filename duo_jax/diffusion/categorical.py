@@ -9,7 +9,6 @@ from jax import lax
 from duo_jax.diffusion.arrays import as_float, map_keys
 from duo_jax.errors import UserError
 
-
 # What float32 may add to a sum of probabilities: masses .5 + .3 + .15 do not exceed top_p = .95.
 _MASS_ROUNDING = 1e-6
 
