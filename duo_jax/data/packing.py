@@ -106,10 +106,10 @@ def open_rows(store: TokenStore, length: int, packing: str) -> Rows:
         UserError: `length` is below 3, or `packing` is neither `packed` nor `padded`.
     """
     if packing not in PACKINGS:
-        raise UserError(f"unknown packing {packing!r}: choose one of {', '.join(PACKINGS)}")
+        raise UserError(f"Unknown packing {packing!r}; choose one of {', '.join(PACKINGS)}.")
     return (PackedRows if packing == "packed" else PaddedRows)(store, length)
 
 
 def _check_length(length: int) -> None:
     if length < 3:
-        raise UserError(f"a row of length {length} has no room between BOS and EOS: use a length of 3 or more")
+        raise UserError(f"A row of length {length} has no room between BOS and EOS; use a length of 3 or more.")

@@ -40,7 +40,8 @@ class TrainIterator(grain.DatasetIterator):
         self._assert_not_closed()
         batch = next(self._running())
         self._yielded += 1
-        return batch
+        # Worker processes hand over shared memory that is unlinked with the array; callers get arrays of their own.
+        return {key: np.array(value) for key, value in batch.items()} if self._workers else batch
 
     def get_state(self) -> dict[str, Any]:
         """Returns how many batches have been yielded, and of what data: a dictionary that survives JSON."""
@@ -55,8 +56,8 @@ class TrainIterator(grain.DatasetIterator):
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise UserError(
-                    f"the data cannot go on where the checkpoint stopped: {key} was {state.get(key)!r} and is now "
-                    f"{value!r}; set it back, or start in a new workdir"
+                    f"The data cannot go on where the checkpoint stopped: {key} was {state.get(key)!r} and is now "
+                    f"{value!r}; set it back, or start in a new workdir."
                 )
         self._stop()
         self._yielded = int(state["batches"])
@@ -130,15 +131,15 @@ def train_iterator(
     """
     local = _local_size(batch_size, process_index, process_count)
     if not 0 <= seed < 2**64:
-        raise UserError(f"the seed {seed} is out of range: use a number from 0 to 2**64 - 1")
+        raise UserError(f"The seed {seed} is out of range; use a number from 0 to 2**64 - 1.")
     if min(workers, prefetch) < 0 or threads < 1:
-        raise UserError("data.workers and the prefetch must be 0 or more, and the threads 1 or more")
+        raise UserError("The workers and the prefetch must be 0 or more, and the threads 1 or more.")
     store = TokenStore(folder, TRAIN)
     rows = open_rows(store, length, packing)
     if len(rows) < batch_size:
         raise UserError(
-            f"{folder} has {len(rows):,} training rows of length {length}, fewer than one batch of {batch_size}: "
-            "lower the batch size or the length, or give more text"
+            f"{folder} has {len(rows):,} training rows of length {length}, fewer than one batch of {batch_size}; "
+            "lower the batch size or the length, or give more text."
         )
     # Adjacent seeds must not share epochs, and grain counts the epoch on to the seed.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -216,11 +217,11 @@ def heldout_batches(
     rows = open_rows(store, length, packing)
     if not len(rows):
         raise UserError(
-            f"{folder} has {store.tokens:,} held-out tokens, too few for one row of length {length}: lower the length, "
-            "or give more text"
+            f"{folder} has {store.tokens:,} held-out tokens, too few for one row of length {length}; lower the length, "
+            "or give more text."
         )
     if max_batches is not None and max_batches < 1:
-        raise UserError(f"max_batches is {max_batches}: use 1 or more, or None for the whole split")
+        raise UserError(f"A limit of {max_batches} batches is too small; use 1 or more, or None for the whole split.")
     count = -(-len(rows) // batch_size)
     count = count if max_batches is None else min(count, max_batches)
     return HeldoutBatches(rows, store.metadata["tokenizer"]["pad_id"], batch_size, process_index * local, local, count)
@@ -254,10 +255,10 @@ def unigram_counts(folder: str | Path, length: int, packing: str = "packed", max
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
     if not 0 <= process_index < process_count:
-        raise UserError(f"there is no process {process_index} among {process_count}: count from 0")
+        raise UserError(f"There is no process {process_index} among {process_count}; count from 0.")
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
-            f"a batch of {batch_size} does not divide among {process_count} processes: use a multiple of "
-            f"{process_count}"
+            f"A batch of {batch_size} does not divide among {process_count} processes; use a multiple of "
+            f"{process_count}."
         )
     return batch_size // process_count

@@ -38,7 +38,7 @@ def shards_folder(data: Any) -> Path:
         UserError: the source or the tokenizer is unknown.
     """
     if data.source not in sources.NAMES:
-        raise UserError(f"unknown data source {data.source!r}: choose one of {', '.join(sources.NAMES)}")
+        raise UserError(f"Unknown data source {data.source!r}; choose one of {', '.join(sources.NAMES)}.")
     size = tokenizers.vocab_size(data.tokenizer, data.bpe_size)
     tokenizer = f"bpe{size}" if data.tokenizer == "bpe" else data.tokenizer
     path = hashlib.sha256(str(Path(data.path).resolve()).encode()).hexdigest()[:8] if data.path else ""
@@ -111,7 +111,7 @@ def _check(folder: Path, data: Any) -> None:
     if found != wanted:
         raise UserError(
             f"{folder} was made from {found[0]} with the tokenizer {found[1]} of {found[2]} ids, not from {wanted[0]} "
-            f"with {wanted[1]} of {wanted[2]}: remove it, or set another data.dir"
+            f"with {wanted[1]} of {wanted[2]}; remove it, or set another config.data.dir."
         )
     try:
         identity = sources.open_source(data.source, data.path).identity
@@ -119,8 +119,8 @@ def _check(folder: Path, data: Any) -> None:
         return  # the text is no longer here, and is no longer needed
     if identity != metadata["source"]["identity"]:
         raise UserError(
-            f"the text of {data.source} has changed since {folder} was made from it: remove the folder to prepare it "
-            "anew, or set another data.dir"
+            f"The text of {data.source} has changed since {folder} was made from it; remove the folder to prepare it "
+            "anew, or set another config.data.dir."
         )
 
 
@@ -183,8 +183,8 @@ def _write_splits(
         totals = {key: sum(entry[key] for entry in writer.entries) for key in ("documents", "tokens")}
         if not totals["documents"]:
             raise UserError(
-                f"the {split} split came out empty, for the text has too few documents: give more, or put blank lines "
-                "between the documents of .txt files"
+                f"The {split} split came out empty, for the text has too few documents; give more, or put blank lines "
+                "between the documents of .txt files."
             )
         splits[split] = totals | {"characters": characters[split], "shards": writer.entries}
     special = {key: getattr(tokenizer, key) for key in ("bos_id", "eos_id", "pad_id", "mask_id")}
@@ -247,34 +247,26 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "the disk is full: free some space, or set data.dir to another disk"
+            advice = "the disk is full: free some space, or set config.data.dir to another disk"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            advice = f"{error.filename or folder} is not writable ({error.strerror}): set data.dir to another folder"
+            advice = (
+                f"{error.filename or folder} is not writable ({error.strerror}): set config.data.dir to another folder"
+            )
         else:
             advice = str(error)
-        raise UserError(f"the token shards cannot be written to {folder}: {advice}") from error
+        raise UserError(f"The token shards cannot be written to {folder}; {advice}.") from error
 
 
-def main(argv: list[str]) -> None:
-    """Prepares, or checks what is prepared, and prints the summary."""
-    del argv
-    data = _CONFIG.value.data
-    try:
-        folder = shards_folder(data)
-        if folder.exists():
-            prepare(data)
-            shards.verify(folder)
-            print(f"{summary(folder)}\n  already there; every hash is right")
-        else:
-            prepare(data)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(config: Any) -> None:
+    """Prepares what `config.data` describes, or checks every hash of what is already there, and prints a summary."""
+    done = shards_folder(config.data).exists()
+    folder = prepare(config.data)
+    if done:
+        shards.verify(folder)
+        print(f"{summary(folder)}\n  already there; every hash is right", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    from absl import app
-    from ml_collections import config_flags
+    from duo_jax import cli
 
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-    app.run(main)
+    cli.run(main)

