@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import itertools
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from duo_jax import config as config_lib
@@ -20,10 +24,14 @@ def _load(path: str) -> ConfigDict:
         found = sorted(str(p) for p in Path("configs").glob("*.py"))
         hint = f"there are {', '.join(found)}" if found else "give the path of a file like configs/quickstart.py"
         raise UserError(f"--config={path}: no such file; {hint}.")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    values(["config", f"--config={path}"])
-    return values.config
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path} is not a Python file; give one with get_config(), like configs/quickstart.py.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path} has no get_config(); see configs/quickstart.py for one.")
+    return module.get_config()
 
 
 def _check_names(argv: list[str], config: ConfigDict) -> None:
@@ -52,7 +60,7 @@ def parse(argv: list[str]) -> list[str]:
         UserError: an unknown flag (with the nearest name), a value of the wrong type, a stray word, a missing file.
     """
     paths = [arg.split("=", 1)[1] for arg in argv if arg.lstrip("-").startswith("config=")]
-    paths += [b for a, b in zip(argv, argv[1:], strict=False) if a.lstrip("-") == "config"]
+    paths += [b for a, b in itertools.pairwise(argv) if a.lstrip("-") == "config"]
     helping = any(arg.lstrip("-") in ("help", "helpshort", "helpfull") for arg in argv)
     if paths:
         _check_names(argv, _load(paths[-1]))
@@ -83,6 +91,9 @@ def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
             _fail(error)
 
     def call(_: list[str]) -> None:
+        if flags.FLAGS["verbosity"].using_default_value:
+            absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every file it writes
+        logging.getLogger("duo_jax").setLevel(logging.INFO)
         try:
             config = flags.FLAGS.config
             config_lib.check(config)
@@ -94,6 +105,9 @@ def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
                 raise UserError("--workdir is missing; give a folder for the run, such as --workdir=runs/quickstart.")
         except UserError as error:
             _fail(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     app.run(call, flags_parser=parse_or_exit)
 

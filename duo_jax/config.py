@@ -19,7 +19,7 @@ The knobs that papers rarely explain:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -108,30 +108,25 @@ def default() -> ConfigDict:
     return config
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns `{"train.steps": 1000, ...}` for a nested config."""
     flat = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
 
 
-def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """Returns the default config with the values of a checkpoint's record put in; names it does not know are kept."""
-    config = default()
-    with config.unlocked():
-        config.update(ConfigDict(values))
-    return config
+def changed(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
+    """Returns `"config.name was A, is B"` for each setting that a run resuming a checkpoint of `old` may not change.
 
-
-def changed(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Returns `"name: was A, is B"` for each setting that may not differ between a checkpoint and the run resuming it."""
-    before, after = flatten(old), flatten(new)
+    A setting that the checkpoint's version did not know had its default then.
+    """
+    before, after = flatten(default()) | flatten(old), flatten(new)
     return [
-        f"config.{key}: was {before.get(key)}, is {after.get(key)}"
+        f"config.{key} was {before.get(key)}, is {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)

@@ -32,12 +32,13 @@ class TrainIterator(grain.DatasetIterator):
         self._batches, self._identity = batches, identity
         self._workers, self._prefetch = workers, prefetch
         self._options = grain.ReadOptions(num_threads=threads if prefetch else 0, prefetch_buffer_size=prefetch)
-        self._yielded = 0
+        self._yielded, self._ended = 0, False
         self._iterator: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
         """Returns `{"tokens": int32 [b, L], "mask": float32 [b, L]}`."""
-        self._assert_not_closed()
+        if self._ended:
+            raise ValueError("the iterator is closed")
         batch = next(self._running())
         self._yielded += 1
         # Worker processes hand over shared memory that is unlinked with the array; callers get arrays of their own.
@@ -69,6 +70,7 @@ class TrainIterator(grain.DatasetIterator):
     def close(self) -> None:
         """Ends the threads and worker processes."""
         super().close()
+        self._ended = True
         self._stop()
 
     def __str__(self) -> str:

@@ -36,9 +36,9 @@ class ShardWriter:
     `close` makes everything durable; then `entries` describes the shards, in the form that metadata.json keeps.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
         self.entries: list[dict[str, Any]] = []
-        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._folder, self._split, self._dtype = folder, split, dtype
         self._file: Any = None
         self._digest = hashlib.sha256()
         self._ends = array("q")
@@ -52,7 +52,7 @@ class ShardWriter:
         self._file.write(data)
         self._digest.update(data)
         self._ends.append((self._ends[-1] if self._ends else 0) + len(document))
-        if self._ends[-1] >= self._shard_tokens:
+        if self._ends[-1] >= SHARD_TOKENS:
             self.close()
 
     def close(self) -> None:

@@ -305,8 +305,8 @@ def _from_hub(name: str, split: str, rows: int) -> Any:
     path, revision = _HUB[name]["path"], _HUB[name].get("revision")
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"{name} is fetched with the datasets library; run `pip install -e .[hub]`, or set config.data.path to a copy of "
-            f"the files of {path}."
+            f"{name} is fetched with the datasets library; run `pip install -e .[hub]`, or set config.data.path to a "
+            f"copy of the files of {path}."
         )
     import datasets
 
@@ -314,8 +314,8 @@ def _from_hub(name: str, split: str, rows: int) -> Any:
         table = datasets.load_dataset(path, revision=revision, split=split)
     except Exception as error:  # network, cache and disk errors of several libraries: the advice is the same for all
         raise UserError(
-            f"{path} cannot be fetched from the hub ({error}); check the network and the disk, or set config.data.path to a "
-            "copy of its files."
+            f"{path} cannot be fetched from the hub ({error}); check the network and the disk, or set config.data.path "
+            "to a copy of its files."
         ) from error
     if len(table) != rows:
         raise UserError(

@@ -8,8 +8,10 @@ import abc
 import base64
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,10 @@ _GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 _BERT_VOCAB = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 # How GPT-2 splits text before merging.
 _GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+# tiktoken's regular expression overflows its stack on a run of white space of some 500,000 characters.
+_LONG_BLANK = re.compile(r"\s{100000}")
 
 
 def clean_unicode(text: str) -> str:
@@ -142,9 +148,10 @@ class _Gpt2(Tokenizer):
         )
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        if len(texts) == 1:
-            return [self._encoding.encode_ordinary(texts[0])]
-        return self._encoding.encode_ordinary_batch(texts, num_threads=_cores())
+        pieces = [_cut_long_blanks(text) for text in texts]
+        flat = list(itertools.chain.from_iterable(pieces))
+        encoded = iter(self._encoding.encode_ordinary_batch(flat, num_threads=min(len(flat), _cores()) or 1))
+        return [list(itertools.chain.from_iterable(itertools.islice(encoded, len(piece)))) for piece in pieces]
 
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
@@ -339,6 +346,13 @@ def _bert(path: Path) -> Tokenizer:
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     model.decoder = decoders.WordPiece()
     return _HuggingFace("bert-base-uncased", model, {key: vocab[word] for key, word in wanted.items()})
+
+
+def _cut_long_blanks(text: str) -> list[str]:
+    if len(text) < 100_000:
+        return [text]
+    cuts = [0, *(match.end() for match in _LONG_BLANK.finditer(text)), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def package_folder(package: str) -> Path | None:

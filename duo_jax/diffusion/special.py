@@ -1,7 +1,10 @@
 """Scalar functions that float32 needs in a careful form."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def excess(d: jax.Array, log_ratio: jax.Array) -> jax.Array:
@@ -15,3 +18,37 @@ def excess(d: jax.Array, log_ratio: jax.Array) -> jax.Array:
     w2 = w * w
     near_zero = w * (d - 2.0 * w2 * (1.0 / 3.0 + w2 * (1.0 / 5.0 + w2 / 7.0)))
     return jnp.where(jnp.abs(d) < 0.3, near_zero, d - log_ratio)
+
+
+def ndtr(z: jax.Array) -> jax.Array:
+    """The normal distribution function Phi(z), any shape, relatively accurate in the lower tail."""
+    return 0.5 * lax.erfc(-z * math.sqrt(0.5))
+
+
+def log_scaled_upper_tail(y: jax.Array) -> jax.Array:
+    """log(exp(y^2/2) Phi(-y)) for y >= 0, any shape: what is left of the normal tail once its Gaussian is taken out."""
+    near = jnp.minimum(y, 5.0)
+    far = jnp.maximum(y, 5.0)
+    fraction = far
+    for n in range(10, 0, -1):  # Laplace's continued fraction of Mills' ratio
+        fraction = far + n / fraction
+    return jnp.where(y < 5.0, jnp.log(ndtr(-near)) + 0.5 * near**2, -jnp.log(fraction) - 0.5 * math.log(2.0 * math.pi))
+
+
+def log_mean_exp_below(ceiling: jax.Array, scale: jax.Array) -> jax.Array:
+    """log E[exp(v) | v < ceiling] for v ~ N(0, scale^2), any shape (II, the rest of the softmax's denominator).
+
+    The textbook scale^2/2 + log Phi(a - scale) - log Phi(a), a = ceiling / scale, subtracts numbers of order scale^2, and
+    scale reaches 1000; here the squares are cancelled by hand wherever the argument is in the lower tail.
+    """
+    a = ceiling / scale
+    y = scale - a
+    tail = jnp.where(
+        y > 0.0,
+        ceiling - 0.5 * a**2 + log_scaled_upper_tail(jnp.maximum(y, 0.0)),
+        0.5 * scale**2 + jnp.log(ndtr(-jnp.minimum(y, 0.0))),
+    )
+    # Phi(a) in a's own lower tail likewise.
+    low = jnp.maximum(-a, 0.0)
+    log_ndtr_a = jnp.where(a > 0.0, jnp.log1p(-ndtr(-jnp.maximum(a, 0.0))), log_scaled_upper_tail(low) - 0.5 * low**2)
+    return tail - log_ndtr_a

@@ -1,0 +1,177 @@
+"""The Python door: load a network, sample from it, score a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from duo_jax import sampling
+from duo_jax.data import tokenizers
+from duo_jax.errors import UserError
+from duo_jax.evaluation import likelihood
+from duo_jax.models.network import Params
+from duo_jax.training import checkpoint
+
+# Rows that one call of the network scores at once; a bounded number, whatever the length of the text.
+_SCORE_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What `sample` returns.
+
+    Attributes:
+        tokens: int32 `[B, L]`.
+        text: the decoded rows, special tokens left out.
+        entropy: `[B]`, each row's unigram entropy in nats; low means that it repeats itself.
+        network_calls: how often the network was evaluated.
+    """
+
+    tokens: np.ndarray
+    text: list[str]
+    entropy: np.ndarray
+    network_calls: int
+
+
+class Score(NamedTuple):
+    """What `score` returns.
+
+    Attributes:
+        nll: nats per token, an upper bound estimated by Monte Carlo.
+        stderr: the standard error of that estimate.
+        tokens: how many tokens were scored, BOS and EOS included.
+    """
+
+    nll: float
+    stderr: float
+    tokens: int
+
+
+def load(path_or_name: str | Path, *, ema: bool = True) -> Params:
+    """Returns a trained network.
+
+    Args:
+        path_or_name: a run's workdir (its newest checkpoint) or the folder of one checkpoint, `WORKDIR/checkpoints/STEP`.
+        ema: the averaged weights, which are the better ones, rather than the last ones.
+
+    Raises:
+        UserError: there is no checkpoint, or it cannot be read.
+    """
+    return checkpoint.read(path_or_name, ema=ema)[0]
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer_of(name: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of `params.tokenizer`, read once."""
+    return tokenizers.load(name)
+
+
+def sample(
+    params: Params,
+    n_steps: int = 4,
+    *,
+    seed: int = 0,
+    batch_size: int = 1,
+    length: int | None = None,
+    sampler: str = "ancestral",
+    noise_removal: str = "ancestral",
+    top_p: float = 1.0,
+) -> Samples:
+    """Returns texts sampled from a network, all tokens at once, in `n_steps` steps.
+
+    Args:
+        params: what `load` returned.
+        n_steps: steps of the sampler; more is better and slower. The noise removal is one more network call.
+        seed: the same seed gives the same texts.
+        batch_size: how many texts.
+        length: tokens in each, BOS and EOS included; the network's own length if None.
+        sampler: `ancestral`.
+        noise_removal: the last call: `ancestral` (a draw), `greedy` (the most probable tokens: cleaner, less diverse), `none`.
+        top_p: nucleus: at each step the smallest set of tokens with this much probability is kept; 1 keeps all.
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    network = params.network
+    length = network.length if length is None else length
+    if batch_size < 1 or length < 1:
+        raise UserError(f"batch_size is {batch_size} and length {length}; both must be at least 1.")
+    settings = sampling.Settings.for_network(
+        network, n_steps, sampler=sampler, noise_removal=noise_removal, top_p=top_p
+    )
+    tokens = sampling.sample_tokens(
+        params.weights, jax.random.key(seed), top_p, network=network, shape=(batch_size, length), settings=settings
+    )
+    tokens = np.asarray(tokens)
+    tokenizer = tokenizer_of(params.tokenizer)
+    return Samples(
+        tokens=tokens,
+        text=[tokenizer.decode(row) for row in tokens],
+        entropy=sampling.unigram_entropy(tokens),
+        network_calls=settings.network_calls,
+    )
+
+
+def _rows(tokens: list[int], tokenizer: tokenizers.Tokenizer, length: int) -> list[list[int]]:
+    """Cuts a text's tokens into rows as in training, BOS ... EOS, the last one as short as it comes."""
+    body = length - 2
+    pieces = [tokens[i : i + body] for i in range(0, max(len(tokens), 1), body)]
+    return [[tokenizer.bos_id, *piece, tokenizer.eos_id] for piece in pieces]
+
+
+def _blocks(rows: list[Any]) -> Iterator[np.ndarray]:
+    """Groups rows of one length into int32 arrays `[b, l]` of a few shapes, so that few programs are compiled."""
+    for length in sorted({len(row) for row in rows}):
+        same = [row for row in rows if len(row) == length]
+        for i in range(0, len(same), _SCORE_ROWS):
+            yield np.asarray(same[i : i + _SCORE_ROWS], np.int32)
+
+
+def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int = 16) -> Score:
+    """Returns how probable a text is: a bound on its negative log-likelihood in nats per token.
+
+    The bound is an expectation over the time t and the noise; it is estimated `n_samples` times, independently, so that
+    the standard error is that of their mean.
+
+    Args:
+        params: what `load` returned.
+        text_or_tokens: a string, which is tokenized and cut into rows BOS ... EOS of at most the network's length; or token
+            ids, `[L]` or `[B, L]`, scored as they are.
+        seed: of the noise.
+        n_samples: independent estimates; the standard error shrinks with their square root.
+
+    Raises:
+        UserError: an empty input, ids outside the vocabulary, or no estimates.
+    """
+    network = params.network
+    if n_samples < 1:
+        raise UserError(f"n_samples is {n_samples}; at least 1 estimate is needed, and 2 for a standard error.")
+    if isinstance(text_or_tokens, str):
+        tokenizer = tokenizer_of(params.tokenizer)
+        rows: list[Any] = _rows(tokenizer.encode(text_or_tokens), tokenizer, network.length)
+    else:
+        tokens = np.atleast_2d(np.asarray(text_or_tokens))
+        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise UserError(f"tokens must be whole numbers of shape [L] or [B, L], not {tokens.dtype} {tokens.shape}.")
+        if tokens.min() < 0 or tokens.max() >= network.vocab_size:
+            raise UserError(f"token ids must lie in [0, {network.vocab_size}); these reach {tokens.min()} to {tokens.max()}.")
+        rows = list(tokens)
+    estimates = np.zeros(n_samples)
+    count = 0
+    key = jax.random.key(seed)
+    for i, block in enumerate(_blocks(rows)):
+        batch = {"tokens": jax.device_put(block), "mask": np.ones(block.shape, np.float32)}
+        keys = jax.random.split(jax.random.fold_in(key, i), n_samples)
+        sums = [likelihood.nll_sum(params.weights, batch, k, network=network)["nll"] for k in keys]
+        estimates += np.asarray(jax.device_get(sums), np.float64)
+        count += block.size
+    estimates /= count
+    stderr = float(estimates.std(ddof=1) / math.sqrt(n_samples)) if n_samples > 1 else math.nan
+    return Score(float(estimates.mean()), stderr, count)

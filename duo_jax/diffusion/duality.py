@@ -1,0 +1,165 @@
+"""The duality: Gaussian diffusion on one-hot vectors whose argmax is uniform-state diffusion, and the curricula on it.
+
+*The Diffusion Duality* (arXiv 2506.10892, "I") and its second chapter (arXiv 2602.21185, "II"). The latent is
+w_t = a x + s eps with a^2 = sigmoid(-gamma), s^2 = sigmoid(gamma), eps ~ N(0, I_K); only mu = a/s = exp(-gamma/2) matters to
+the argmax. Tokens are `[B, L]`; gamma is a scalar, `[B]`, `[B, 1]` or `[B, L]`, and may be traced, as may tau.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from duo_jax.diffusion.arrays import check_vocab_size, per_token
+from duo_jax.diffusion.order_statistics import distinct_others, top_normals
+from duo_jax.diffusion.special import log_mean_exp_below, ndtr
+from duo_jax.errors import UserError
+
+# The order statistics that enter the softmax's denominator one by one; what lies below them is summed in distribution.
+_EXACT_TERMS = 32
+
+
+def gamma(t: jax.typing.ArrayLike, gamma_min: float, gamma_max: float) -> jax.Array:
+    """The Gaussian noise level gamma_t = gamma_min + t (gamma_max - gamma_min), same shape as t."""
+    return gamma_min + jnp.asarray(t) * (gamma_max - gamma_min)
+
+
+def signal_and_noise(gamma: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """The latent's scales (a, s) = (sqrt sigmoid(-gamma), sqrt sigmoid(gamma)), each of gamma's shape."""
+    gamma = jnp.asarray(gamma)
+    return jnp.sqrt(jax.nn.sigmoid(-gamma)), jnp.sqrt(jax.nn.sigmoid(gamma))
+
+
+def log_ndtr_exact(z: np.ndarray) -> np.ndarray:
+    """log Phi(z) in float64, on the host, accurate in both tails."""
+    tail = np.array([0.5 * math.erfc(abs(v) / math.sqrt(2.0)) for v in z])
+    return np.where(z > 0, np.log1p(-tail), np.log(np.maximum(tail, 1e-300)))
+
+
+@functools.lru_cache(maxsize=32)
+def _nodes(vocab_size: int) -> tuple[np.ndarray, ...]:
+    """Nodes z, log weights and lower tails of the quadrature over M, the largest of K-1 normals (float64)."""
+    # The integrands are analytic and vanish at both ends, so that the trapezoid rule converges exponentially: halving
+    # this step moves nothing above 1e-13. The upper end covers the derivative's peak near mu/2 until float32 underflows.
+    step = 1.0 / 16.0
+    z = np.arange(-9.0, 14.0, step)
+    log_weight = (
+        math.log(vocab_size * step / math.sqrt(2.0 * math.pi)) - 0.5 * z**2 + (vocab_size - 2) * log_ndtr_exact(z)
+    )
+    kept = log_weight > -110.0
+    z, log_weight = z[kept], log_weight[kept]
+    return z, log_weight, np.exp(log_ndtr_exact(-np.abs(z)))
+
+
+def alpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
+    """The diffusion transformation operator alpha = T(gamma) (I, eq. 9), same shape as gamma; exact quadrature.
+
+    T = (K P - 1)/(K - 1) with P = E_u[Phi(mu + u)^(K-1)]. P itself is 1/K plus almost nothing where alpha is small, so this
+    sums a rearrangement whose every term is positive: T = K/(K-1) E[Phi(M) - Phi(M - mu)], M the largest of K-1 normals.
+    """
+    check_vocab_size(vocab_size)
+    gamma = jnp.asarray(gamma, dtype=jnp.result_type(gamma, jnp.float32))
+    z, log_weight, tail = _nodes(vocab_size)
+    side = np.where(z > 0, 1.0, -1.0)  # take the difference in the tail that is small
+    z, weight, tail, side = (jnp.asarray(v, gamma.dtype) for v in (z, np.exp(log_weight) * side, tail, side))
+    mu = jnp.exp(-0.5 * gamma)[..., None]
+    return jnp.sum(weight * (ndtr(side * (mu - z)) - tail), axis=-1)
+
+
+def dalpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
+    """d T / d gamma = -(mu/2) K E-free integral of phi(z - mu) phi(z) Phi(z)^(K-2), same shape as gamma; negative.
+
+    The loss wants d alpha / d t, which is this times gamma_max - gamma_min.
+    """
+    check_vocab_size(vocab_size)
+    gamma = jnp.asarray(gamma, dtype=jnp.result_type(gamma, jnp.float32))
+    z, log_weight, _ = (jnp.asarray(v, gamma.dtype) for v in _nodes(vocab_size))
+    mu = jnp.exp(-0.5 * gamma)
+    density = jnp.exp(log_weight - 0.5 * (z - mu[..., None]) ** 2) / math.sqrt(2.0 * math.pi)
+    return -0.5 * mu * jnp.sum(density, axis=-1)
+
+
+def gaussian_latent(key: jax.Array, x: jax.Array, gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
+    """Draws w_t = a x + s eps (I, eq. 6): x int `[B, L]`, to float32 `[B, L, K]`; argmax(w_t) has alpha_t = T(gamma_t)."""
+    check_vocab_size(vocab_size)
+    eps = jax.random.normal(key, (*x.shape, vocab_size), jnp.float32)
+    return latent_from_noise(eps, x, gamma)
+
+
+def latent_from_noise(eps: jax.Array, x: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:
+    """w_t = a x + s eps for given noise eps `[B, L, K]`; the same eps at two gammas gives one deterministic trajectory."""
+    signal, noise = signal_and_noise(per_token(gamma, x.shape)[..., None])
+    ids = lax.broadcasted_iota(jnp.int32, eps.shape, eps.ndim - 1)
+    return noise * eps + jnp.where(ids == x[..., None], signal, 0.0)
+
+
+def tempered_softmax(w: jax.Array, tau: jax.typing.ArrayLike) -> jax.Array:
+    """The relaxed input softmax(w / tau) over the last axis (I, eq. 14): w and result `[B, L, K]`, tau > 0 a scalar."""
+    return jax.nn.softmax(w / tau, axis=-1)
+
+
+def tau(
+    step: jax.typing.ArrayLike, start: int, end: int, log10_start: float = -3.0, log10_end: float = -3.0
+) -> jax.Array:
+    """The curriculum's temperature at a training step, from 10^log10_start at `start` to 10^log10_end at `end`.
+
+    The exponent moves linearly, and is constant outside [start, end]. `step` may be traced; float32 of its shape.
+    """
+    if end < start:
+        raise UserError(f"the curriculum ends (step {end}) before it starts (step {start})")
+    fraction = jnp.clip((jnp.asarray(step) - start) / max(end - start, 1), 0.0, 1.0)
+    return 10.0 ** (log10_start + fraction * (log10_end - log10_start))
+
+
+def tempered_topk(
+    key: jax.Array, x: jax.Array, gamma: jax.typing.ArrayLike, tau: jax.typing.ArrayLike, k: int, vocab_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The k largest entries of softmax(w_t / tau), with w_t never built (II, section 4): the efficient curriculum.
+
+    x int `[B, L]`, gamma as everywhere, tau > 0 a scalar. Returns weights float32 `[B, L, k]` in descending order, which sum
+    to less than 1 (the rest of the softmax is left out); their ids int32 `[B, L, k]`, distinct; and z_t `[B, L]`, the id of
+    the largest, which is argmax(w_t), so that alpha_t = T(gamma_t).
+
+    Of the K-1 other tokens only the largest few matter, and which tokens those are is a uniform choice. Those kept and a
+    few dozen more enter the denominator as drawn; the sum of all below is drawn from a log-normal with the mean and
+    variance of a sum of truncated terms. With K-1 <= max(k, 32) everything is exact.
+    """
+    check_vocab_size(vocab_size)
+    if not 1 <= k <= vocab_size:
+        raise UserError(f"k must lie between 1 and the vocabulary size {vocab_size}, not {k}")
+    n_drawn = min(vocab_size - 1, max(k, _EXACT_TERMS))
+    signal, noise = signal_and_noise(per_token(gamma, x.shape))
+    true_key, others_key, ids_key, rest_key = jax.random.split(key, 4)
+    others = noise[..., None] * top_normals(others_key, x.shape, vocab_size - 1, n_drawn)
+    true = signal + noise * jax.random.normal(true_key, x.shape)
+    other_ids = distinct_others(ids_key, x, min(k, vocab_size - 1), vocab_size)
+
+    slot = jnp.arange(k)
+    rank = jnp.sum(others[..., :k] > true[..., None], axis=-1, keepdims=True)
+    values = jnp.where(slot == rank, true[..., None], _open_slot(others, slot, rank))
+    ids = jnp.where(slot == rank, x[..., None], _open_slot(other_ids, slot, rank)).astype(jnp.int32)
+
+    terms = [others / tau, true[..., None] / tau]
+    n_rest = vocab_size - 1 - n_drawn
+    if n_rest:
+        terms.append(_log_rest(rest_key, others[..., -1] / tau, noise / tau, n_rest)[..., None])
+    log_total = jax.nn.logsumexp(jnp.concatenate(terms, axis=-1), axis=-1, keepdims=True)
+    return jnp.exp(values / tau - log_total), ids, ids[..., 0]
+
+
+def _open_slot(sorted_others: jax.Array, slot: jax.Array, rank: jax.Array) -> jax.Array:
+    """The others `[..., m]` laid out over the slots `[k]` with the slot `rank [..., 1]` left free: `[..., k]`."""
+    source = jnp.clip(slot - (slot > rank), 0, sorted_others.shape[-1] - 1)
+    return jnp.take_along_axis(sorted_others, source, axis=-1)
+
+
+def _log_rest(key: jax.Array, ceiling: jax.Array, scale: jax.Array, n: int) -> jax.Array:
+    """Draws log of the sum of `n` terms exp(v), v ~ N(0, scale^2) given v < ceiling, all `[...]`, by two moments."""
+    log_mean = log_mean_exp_below(ceiling, scale)
+    log_second = log_mean_exp_below(2.0 * ceiling, 2.0 * scale)
+    # log(1 + variance / mean^2) of the sum of n independent terms.
+    spread = jnp.log1p(jnp.maximum(jnp.expm1(log_second - 2.0 * log_mean), 0.0) / n)
+    return math.log(n) + log_mean - 0.5 * spread + jnp.sqrt(spread) * jax.random.normal(key, ceiling.shape)

@@ -1,0 +1,88 @@
+"""Held-out likelihood: the bound on nats per token, bits per token and perplexity, and what simple models reach beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from duo_jax import objectives
+from duo_jax.models.network import Network
+
+# The same noise at every evaluation of every run, so that two figures differ by their networks alone.
+_NOISE_SEED = 20_250_615
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """An average over `tokens` tokens.
+
+    Attributes:
+        nll: nats per token.
+        tokens: how many were averaged over.
+    """
+
+    nll: float
+    tokens: int
+
+    @property
+    def bpd(self) -> float:
+        """Bits per token."""
+        return self.nll / math.log(2)
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity, exp(nll)."""
+        return math.exp(min(self.nll, 700.0))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "shards"))
+def nll_sum(weights: Any, batch: objectives.Batch, key: jax.Array, *, network: Network, shards: int = 1) -> dict:
+    """Returns `{"nll": sum in nats, "tokens": count}` of a batch under the algorithm's bound."""
+    return objectives.evaluation_loss(network, shards=shards)(weights, batch, key, 0)[1]
+
+
+def evaluate(
+    weights: Any,
+    network: Network,
+    batches: Iterable[dict[str, np.ndarray]],
+    put: Callable[[dict[str, np.ndarray]], objectives.Batch] = jax.device_put,
+    *,
+    shards: int = 1,
+) -> Likelihood:
+    """Returns the bound on the negative log-likelihood of held-out batches, with one fixed draw of noise a batch.
+
+    Args:
+        weights: the network's parameters (EMA weights, usually).
+        network: what they are parameters of.
+        batches: dicts of `tokens` and `mask`, `[B, L]`.
+        put: places a batch on the devices.
+        shards: how many devices the batch is split over.
+    """
+    key = jax.random.key(_NOISE_SEED)
+    sums = [
+        nll_sum(weights, put(batch), jax.random.fold_in(key, i), network=network, shards=shards)
+        for i, batch in enumerate(batches)
+    ]
+    sums = jax.device_get(sums)
+    tokens = sum(int(s["tokens"]) for s in sums)
+    return Likelihood(sum(float(s["nll"]) for s in sums) / tokens, tokens)
+
+
+def unigram(counts: np.ndarray, batches: Iterable[dict[str, np.ndarray]]) -> Likelihood:
+    """Returns how well token frequencies alone predict the same held-out tokens.
+
+    Args:
+        counts: occurrences `[K]` of each token in the training rows; one is added to each, so that none is impossible.
+        batches: as for `evaluate`.
+    """
+    nll = np.log(counts.sum() + counts.size) - np.log(counts + 1.0)
+    heldout = np.zeros(counts.size, np.int64)
+    for batch in batches:
+        heldout += np.bincount(batch["tokens"][batch["mask"] > 0], minlength=counts.size)
+    return Likelihood(float((heldout * nll).sum() / heldout.sum()), int(heldout.sum()))

@@ -1,0 +1,18 @@
+"""The command line: `python -m duo_jax.main --config=configs/quickstart.py --workdir=DIR [--config.name=value ...]`."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from duo_jax import cli
+
+
+def main(config: ConfigDict, workdir: str) -> None:
+    """Does what `config.mode` says."""
+    from duo_jax import modes  # the libraries behind it take seconds, which a mistyped flag need not wait for
+
+    modes.MODES[config.mode](config, workdir)
+
+
+if __name__ == "__main__":
+    cli.run(main, workdir=True)

@@ -1,0 +1,195 @@
+"""The diffusion transformer (Peebles & Xie, 2023) in the form that Duo, MDLM and SEDD share.
+
+Token (or relaxed token) embeddings pass through blocks whose LayerNorms are shifted, scaled and gated by the noise level
+`sigma = -log(alpha_t)`. Everything that a vocabulary touches beyond the embedding is left to `models.head`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from duo_jax.models import attention
+
+TIME_FEATURES = 256
+
+# The reference leaves PyTorch's default in place: uniform in +-1/sqrt(fan_in), for kernels, biases and the embedding rows.
+_uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _uniform_bias(fan_in: int) -> nn.initializers.Initializer:
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _embedding_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    bound = shape[1] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def time_features(sigma: jax.Array, size: int = TIME_FEATURES, max_period: float = 10_000.0) -> jax.Array:
+    """Returns sinusoidal features `[B, size]` of `sigma [B]`: cosines, then sines."""
+    frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
+    angle = sigma.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm without bias, computed in float32 whatever the compute type."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.LayerNorm(epsilon=1e-5, use_bias=False, dtype=jnp.float32, use_fast_variance=False, name="norm")(x)
+
+
+class Modulation(nn.Module):
+    """adaLN: `n` vectors `[B, 1, D]` from the conditioning; zero at the start, so that every block starts as identity."""
+
+    n: int
+    dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, cond: jax.Array) -> list[jax.Array]:
+        dense = nn.Dense(self.n * self.dim, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="linear")
+        return jnp.split(dense(cond)[:, None, :], self.n, axis=-1)
+
+
+class Block(nn.Module):
+    """One transformer block: attention and an MLP, each on a modulated LayerNorm and gated into the residual stream."""
+
+    dim: int
+    heads: int
+    dropout: float
+    causal: bool
+    adaln: bool
+    dtype: jnp.dtype
+    attention: str
+
+    def setup(self) -> None:
+        def dense(features: int, fan_in: int, use_bias: bool) -> nn.Dense:
+            return nn.Dense(
+                features,
+                use_bias=use_bias,
+                dtype=self.dtype,
+                kernel_init=_uniform_fan_in,
+                bias_init=_uniform_bias(fan_in),
+            )
+
+        self.norm1 = LayerNorm()
+        self.norm2 = LayerNorm()
+        self.qkv = dense(3 * self.dim, self.dim, use_bias=False)
+        self.attn_out = dense(self.dim, self.dim, use_bias=False)
+        self.mlp_in = dense(4 * self.dim, self.dim, use_bias=True)
+        self.mlp_out = dense(self.dim, 4 * self.dim, use_bias=True)
+        self.drop = nn.Dropout(self.dropout)
+        if self.adaln:
+            self.modulation = Modulation(6, self.dim, self.dtype)
+
+    def __call__(self, x: jax.Array, cond: jax.Array | None, cos: jax.Array, sin: jax.Array, train: bool) -> jax.Array:
+        """Maps the residual stream `x [B, L, D]` to the next one."""
+        batch, length, _ = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond) if self.adaln else (0, 0, 1, 0, 0, 1)
+
+        y = self.norm1(x) * (1 + scale1) + shift1
+        q, k, v = jnp.moveaxis(self.qkv(y).reshape(batch, length, 3, self.heads, self.dim // self.heads), 2, 0)
+        q, k = attention.rotate(q, cos, sin), attention.rotate(k, cos, sin)
+        y = attention.attend(q, k, v, causal=self.causal, requested=self.attention)
+        y = self.attn_out(y.reshape(batch, length, self.dim))
+        x = x + gate1 * self.drop(y, deterministic=not train)
+
+        y = self.norm2(x) * (1 + scale2) + shift2
+        y = self.mlp_out(nn.gelu(self.mlp_in(y), approximate=True))
+        return x + gate2 * self.drop(y, deterministic=not train)
+
+
+class DiT(nn.Module):
+    """The network of SPEC 7: maps noisy tokens and their noise level to logits over the vocabulary.
+
+    Attributes:
+        vocab_size: K, special ids included.
+        dim: width D of the residual stream.
+        blocks: number of transformer blocks.
+        heads: attention heads; D / heads must be even (rotary positions turn pairs).
+        cond_dim: width of the noise-level conditioning.
+        dropout: on both residual branches of a block, in training.
+        causal: True for the autoregressive baseline, whose positions see only what is before them.
+        adaln: whether the noise level modulates the blocks; False for the autoregressive baseline.
+        dtype: compute type of the blocks. Parameters, LayerNorms, the residual stream and logits are float32.
+        attention: `auto`, `xla` or `cudnn`.
+    """
+
+    vocab_size: int
+    dim: int
+    blocks: int
+    heads: int
+    cond_dim: int = 128
+    dropout: float = 0.0
+    causal: bool = False
+    adaln: bool = True
+    dtype: jnp.dtype = jnp.float32
+    attention: str = "auto"
+
+    def setup(self) -> None:
+        def dense(features: int, fan_in: int) -> nn.Dense:
+            return nn.Dense(features, kernel_init=_uniform_fan_in, bias_init=_uniform_bias(fan_in))
+
+        self.embed = nn.Embed(self.vocab_size, self.dim, embedding_init=_embedding_init)
+        self.layers = [
+            Block(self.dim, self.heads, self.dropout, self.causal, self.adaln, self.dtype, self.attention, name=f"block_{i}")
+            for i in range(self.blocks)
+        ]
+        self.norm_final = LayerNorm()
+        if self.adaln:
+            self.time_in = dense(self.cond_dim, TIME_FEATURES)
+            self.time_out = dense(self.cond_dim, self.cond_dim)
+            self.modulation_final = Modulation(2, self.dim, self.dtype)
+        self.head = nn.Dense(self.vocab_size, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+
+    def hidden(
+        self,
+        inputs: jax.Array,
+        sigma: jax.Array | None,
+        weights: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """Returns what the vocabulary head reads, `[B, L, D]` float32.
+
+        Args:
+            inputs: token ids `[B, L]`; or relaxed logits `[B, L, K]` (float), whose softmax mixes embedding rows; or ids
+                `[B, L, k]` with `weights`.
+            sigma: noise level -log(alpha_t), `[B]`; None without adaLN.
+            weights: `[B, L, k]`, the share of each of the k embedding rows.
+            train: whether dropout acts; it then needs an rng named `dropout`.
+        """
+        if weights is not None:
+            x = jnp.einsum("blk,blkd->bld", weights.astype(jnp.float32), self.embed(inputs))
+        elif jnp.issubdtype(inputs.dtype, jnp.floating):
+            x = jax.nn.softmax(inputs.astype(jnp.float32), axis=-1) @ self.embed.embedding
+        else:
+            x = self.embed(inputs)
+
+        cond = None
+        if self.adaln:
+            cond = nn.silu(self.time_out(nn.silu(self.time_in(time_features(sigma)))))
+        cos, sin = attention.rotary_angles(x.shape[1], self.dim // self.heads)
+        for layer in self.layers:
+            x = layer(x, cond, cos, sin, train)
+        x = self.norm_final(x)
+        if self.adaln:
+            shift, scale = self.modulation_final(cond)
+            x = x * (1 + scale) + shift
+        return x.astype(jnp.float32)
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        sigma: jax.Array | None,
+        weights: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """Returns logits `[B, L, K]` float32; for small vocabularies and tests, as it holds them all at once."""
+        return self.head(self.hidden(inputs, sigma, weights, train=train)).astype(jnp.float32)

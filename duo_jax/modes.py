@@ -1,0 +1,87 @@
+"""What `config.mode` chooses between: train, eval, sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from duo_jax import api, progress
+from duo_jax.data import prepare
+from duo_jax.errors import UserError
+from duo_jax.evaluation import likelihood
+from duo_jax.models.network import Network, Params
+from duo_jax.training import checkpoint, loop, partition
+from duo_jax.training import run as run_lib
+
+# What may differ between a checkpoint and the config it is used with: how it is computed, not what it is.
+_HOW = ("precision", "attention", "head_mib", "dropout")
+
+
+def _load(config: ConfigDict, workdir: str) -> Params:
+    """Returns the newest network of a workdir, computed as the config says.
+
+    Raises:
+        UserError: the config describes another network than the checkpoint's.
+    """
+    params, _ = checkpoint.read(workdir)
+    wanted = Network.from_config(config, params.network.vocab_size)
+    same = dataclasses.replace(wanted, **{name: getattr(params.network, name) for name in _HOW})
+    if same != params.network:
+        have, want = dataclasses.asdict(params.network), dataclasses.asdict(same)
+        different = [f"{name} is {want[name]}, in the checkpoint {have[name]}" for name in have if have[name] != want[name]]
+        raise UserError(f"the config is not that of the network in {workdir}: {'; '.join(different)}.")
+    return params.replace(network=wanted)
+
+
+def evaluate(config: ConfigDict, workdir: str) -> None:
+    """Measures the held-out likelihood of the newest checkpoint, and writes it to `WORKDIR/eval.json`."""
+    params = _load(config, workdir)
+    mesh = partition.create_mesh(config.mesh)
+    partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+    folder = run_lib.prepared(config)
+    tokenizer = prepare.load_tokenizer(folder)
+    if tokenizer.vocab_size != params.network.vocab_size:
+        raise UserError(
+            f"{folder} has {tokenizer.vocab_size} token ids, but the network in {workdir} {params.network.vocab_size}; "
+            "evaluate with the data settings it was trained with."
+        )
+    batches = run_lib.heldout(config, folder)
+    weights = partition.replicate(params.weights, mesh)
+    result = likelihood.evaluate(
+        weights,
+        params.network,
+        progress.bar(iterable=batches, total=len(batches), desc="evaluating", unit=" batches"),
+        lambda batch: partition.put(batch, mesh),
+        shards=mesh.size,
+    )
+    levels = run_lib.levels(config, folder, tokenizer.vocab_size)
+    _, step = checkpoint.find(workdir)
+    report = {"step": step, "nll": result.nll, "bpd": result.bpd, "ppl": result.ppl, "tokens": result.tokens}
+    report |= {f"{name}_ppl": level for name, level in levels.items()}
+    (Path(workdir) / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    progress.say(f"{workdir} at step {step:,}, {result.tokens:,} held-out tokens of {config.data.source}:")
+    progress.say(f"  {run_lib.describe(result, levels)}")
+
+
+def sample(config: ConfigDict, workdir: str) -> None:
+    """Samples texts from the newest checkpoint, prints them, and writes them to `WORKDIR/samples.jsonl`."""
+    params = _load(config, workdir)
+    settings = {
+        name: config.sample[name]
+        for name in ("n_steps", "seed", "batch_size", "length", "sampler", "noise_removal", "top_p")
+    }
+    result = api.sample(params, **settings)
+    path = Path(workdir) / "samples.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for tokens, text, entropy in zip(result.tokens, result.text, result.entropy, strict=True):
+            row = {"text": text, "entropy": float(entropy), "network_calls": result.network_calls, **settings}
+            file.write(json.dumps(row | {"tokens": tokens.tolist()}, ensure_ascii=False) + "\n")
+    for i, (text, entropy) in enumerate(zip(result.text, result.entropy, strict=True)):
+        progress.say(f"--- {i + 1} (unigram entropy {entropy:.2f} nats) ---\n{text}\n")
+    progress.say(f"{len(result.text)} texts in {result.network_calls} network calls each; written to {path}.")
+
+
+MODES = {"train": loop.train, "eval": evaluate, "sample": sample}

@@ -1,0 +1,214 @@
+"""The one training loop: one jitted step, on one CPU or many hosts, that goes on where a killed run stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from duo_jax import objectives, progress
+from duo_jax.errors import UserError
+from duo_jax.training import optimizer as optimizer_lib
+from duo_jax.training import partition
+from duo_jax.training.checkpoint import Checkpoints
+from duo_jax.training.checkpoint import record as checkpoint_record
+from duo_jax.training.run import Run
+from duo_jax.training.state import TrainState, create, train_step
+
+
+class Interrupt:
+    """Notes SIGINT and SIGTERM, so that the loop can save and leave between two steps."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C means now
+        self.name = signal.Signals(number).name
+
+    def agreed(self, step: int, every: int) -> bool:
+        """Whether to stop after this step: any process was told to. Several processes ask each other every so many steps."""
+        if jax.process_count() == 1:
+            return self.name is not None
+        if step % every:
+            return False
+        told = multihost_utils.process_allgather(np.asarray(self.name is not None))
+        self.name = self.name or ("another process's signal" if told.any() else None)
+        return bool(told.any())
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Interrupt]:
+        """Handles the signals while the block runs, and puts the old handlers back."""
+        old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+class Meter:
+    """Keeps the metrics of steps on the device, and reads many steps in one copy, one step late."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._pending: list[dict[str, jax.Array]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Counts the rate from here, after a pause that was not training."""
+        self._since, self._steps = time.monotonic(), 0
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Adds a step's metrics and waits for the step before it: the device has one step queued, never none or many."""
+        if self._pending:
+            self._pending[-1]["loss"].block_until_ready()
+        self._pending.append(metrics)
+        self._steps += 1
+
+    def read(self, step: int, *, late: bool = True) -> dict[str, float]:
+        """Returns averages over the steps since the last reading, and the rate; empty where there is nothing to read.
+
+        Args:
+            step: the step taken last, for the error message.
+            late: leave out the step that the device may still be busy with.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        end = len(self._pending) - late
+        rows, self._pending = jax.device_get(self._pending[:end]), self._pending[end:]
+        if not rows:
+            return {}
+        mean = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
+        if not all(math.isfinite(value) for value in mean.values()):
+            raise UserError(
+                f"the loss or its gradient is not finite near step {step}; nothing was saved after it went wrong. Go on "
+                "from the last checkpoint with a lower config.train.lr or a longer config.train.warmup."
+            )
+        if self._steps:
+            rate = self._steps / (time.monotonic() - self._since)
+            mean |= {"steps_per_s": rate, "tokens_per_s": rate * self._tokens_per_step}
+        self.restart_clock()
+        return mean
+
+
+def compile_step(config: ConfigDict, run: Run) -> tuple[Any, Any, Any]:
+    """Returns the jitted initialiser and train step, and the state's shapes with their shardings.
+
+    The step takes `(state, batch)`, gives `(state, metrics)` and reuses the memory of the state it was given.
+    """
+    optimizer = optimizer_lib.create(config.train)
+    loss_fn = objectives.training_loss(run.network, shards=run.mesh.size)
+
+    def initial() -> TrainState:
+        return create(run.network, optimizer, config.seed)
+
+    def step(state: TrainState, batch: objectives.Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        return train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, ema=config.train.ema)
+
+    shapes = jax.eval_shape(initial)
+    shardings = partition.state_shardings(run.mesh, shapes)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    metrics = partition.replicated(run.mesh)
+    batch = partition.batch_sharding(run.mesh)
+    return (
+        jax.jit(initial, out_shardings=shardings),
+        jax.jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, metrics), donate_argnums=0),
+        shapes,
+    )
+
+
+def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, initial: Any, like: TrainState) -> TrainState:
+    """Returns the state of the newest checkpoint, and moves the data there; or the initial state where there is none.
+
+    Raises:
+        UserError: the checkpoint is of another run, with the settings that differ; or the disk has no room for a first one.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        checkpoints.check_space(like)
+        return initial()
+    run.check_record(checkpoints.record(latest), f"the checkpoint of step {latest} in {checkpoints.folder}")
+    state, data = checkpoints.restore(latest, like)
+    run.batches.set_state(data)
+    run.say(f"Resuming from the checkpoint of step {latest:,} in {checkpoints.folder}.")
+    return state
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains as `config` says, from the newest checkpoint in `workdir` if there is one, and leaves the results there.
+
+    Ctrl-C or SIGTERM saves a checkpoint and returns; the same command then goes on.
+
+    Raises:
+        UserError: what a user can put right, in one sentence.
+    """
+    with Run.open(config, workdir) as run, Interrupt().watch() as interrupt:
+        initial, step_fn, like = compile_step(config, run)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        try:
+            state = resume(config, run, checkpoints, initial, like)
+            run.start(int(state.step), state.params)
+            state = take_steps(config, run, state, step_fn, checkpoints, interrupt)
+        finally:
+            checkpoints.close()
+        step = int(state.step)
+        if interrupt.name and step < config.train.steps:
+            run.say(f"Stopped by {interrupt.name} at step {step:,} and saved. The same command goes on from there.")
+        else:
+            run.finish(step, state.ema)
+
+
+def take_steps(
+    config: ConfigDict, run: Run, state: TrainState, step_fn: Any, checkpoints: Checkpoints, interrupt: Interrupt
+) -> TrainState:
+    """Takes the steps that are left, or those until the interrupt; returns the last state, saved."""
+    start, total = int(state.step), config.train.steps
+    meter = Meter(config.train.batch_size * config.model.length)
+    record = checkpoint_record(config, run.network)
+
+    def due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0 and step < total  # the last step's are done at the end
+
+    def log(step: int, *, late: bool = True) -> None:
+        if scalars := meter.read(step, late=late):
+            run.write(step, {f"train/{name}": value for name, value in scalars.items()})
+            bar.set_postfix_str(f"loss {scalars['loss']:.3f}, {scalars.get('tokens_per_s', 0):,.0f} tokens/s")
+
+    def save(step: int) -> None:
+        log(step, late=False)  # a loss that is not finite ends the run here, before it is saved
+        checkpoints.save(state, run.batches.get_state(), record)
+        meter.restart_clock()
+
+    with progress.bar(total=total, initial=start, desc="training", unit=" steps", disable=not run.primary) as bar:
+        for step in range(start + 1, total + 1):
+            batch = partition.put(next(run.batches), run.mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, batch)
+            meter.add(metrics)
+            bar.update()
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                meter.restart_clock()  # the first step is mostly compilation
+            if step % config.train.log_every == 0:
+                log(step)
+            stopped = interrupt.agreed(step, config.train.log_every)
+            if stopped or step == total or due(config.checkpoint.every, step):
+                save(step)
+            if stopped:
+                break
+            for every, act in ((config.eval.every, run.evaluate), (config.sample.every, run.sample)):
+                if due(every, step):
+                    act(step, state.ema)
+                    meter.restart_clock()
+    return state

@@ -1,0 +1,82 @@
+"""Where arrays live: a mesh of devices with named axes, and the rule that splits state and batches over it.
+
+The batch is split over both axes, `data` and `fsdp`. Over `fsdp`, parameters, EMA and optimizer state are split too, each
+along its largest axis that divides; XLA gathers a layer's weights where it uses them. One device is a mesh of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from duo_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+# Splitting small arrays costs more in latency than it saves in memory.
+_SMALLEST_SPLIT = 2**16
+
+
+def create_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of `config.mesh`: `data` x `fsdp` devices.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    fsdp = config.fsdp
+    data = len(devices) // fsdp if config.data == -1 else config.data
+    if data * fsdp != len(devices):
+        raise UserError(
+            f"config.mesh asks for data x fsdp = {config.data} x {fsdp} devices, but there are {len(devices)}; "
+            "leave config.mesh.data at -1 and let config.mesh.fsdp divide that number."
+        )
+    return Mesh(np.asarray(devices).reshape(data, fsdp), BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns how a batch is split: its rows over every device."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Returns a sharding for each array (or shape) in `state`: split along its largest axis that `fsdp` divides."""
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(x: Any) -> NamedSharding:
+        axes = [i for i, size in enumerate(x.shape) if size % fsdp == 0]
+        if fsdp == 1 or not axes or np.prod(x.shape) < _SMALLEST_SPLIT:
+            return replicated(mesh)
+        spec: list[str | None] = [None] * len(x.shape)
+        spec[max(axes, key=lambda i: x.shape[i])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(rule, state)
+
+
+def check_batch(mesh: Mesh, name: str, batch_size: int) -> None:
+    """Raises UserError if the devices do not divide a batch."""
+    if batch_size % mesh.size:
+        raise UserError(
+            f"config.{name} is {batch_size}, which {mesh.size} devices do not divide; "
+            f"{-(-batch_size // mesh.size) * mesh.size} would do."
+        )
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns the global batch on the mesh, made from the rows that this process has read."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns a copy of a pytree on every device of the mesh."""
+    return jax.device_put(tree, replicated(mesh))

@@ -1,0 +1,237 @@
+"""What surrounds the loop: the data, the network, the devices of a run, and the folder in which it leaves its results.
+
+    WORKDIR/config.json             every setting
+    WORKDIR/metrics.jsonl           one line of numbers a logging step or evaluation
+    WORKDIR/tensorboard/            the same for TensorBoard
+    WORKDIR/perplexity.png          held-out perplexity against steps
+    WORKDIR/samples/STEP.txt        texts sampled during training
+    WORKDIR/checkpoints/STEP/       see `training.checkpoint`
+    WORKDIR/tokenizer/              the tokenizer, so that the folder alone is enough to sample
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from duo_jax import config as config_lib
+from duo_jax import progress, sampling
+from duo_jax.data import pipeline, prepare, tokenizers
+from duo_jax.errors import UserError
+from duo_jax.evaluation import likelihood, plots
+from duo_jax.models import network as network_lib
+from duo_jax.models.network import Network
+from duo_jax.training import checkpoint, partition, writers
+
+
+def prepared(config: ConfigDict) -> Path:
+    """Returns the folder of token shards; the first process makes it if need be, and the others wait."""
+    if jax.process_count() > 1:
+        if jax.process_index() == 0:
+            prepare.prepare(config.data)
+        multihost_utils.sync_global_devices("prepared")
+    return prepare.prepare(config.data)
+
+
+def heldout(config: ConfigDict, folder: Path) -> pipeline.HeldoutBatches:
+    """Returns this process's share of the held-out batches that `config.eval` asks for."""
+    return pipeline.heldout_batches(
+        folder,
+        length=config.model.length,
+        batch_size=config.eval.batch_size,
+        packing=config.data.packing,
+        max_batches=config.eval.batches or None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float]:
+    """Returns the perplexities to compare with, of the same held-out tokens: token frequencies alone, and knowing nothing."""
+    everything = pipeline.heldout_batches(
+        folder,
+        length=config.model.length,
+        batch_size=config.eval.batch_size,
+        packing=config.data.packing,
+        max_batches=config.eval.batches or None,
+    )
+    counts = pipeline.unigram_counts(folder, config.model.length, config.data.packing)
+    return {"unigram": likelihood.unigram(counts, everything).ppl, "uniform": float(vocab_size)}
+
+
+@dataclasses.dataclass
+class Run:
+    """One training run, as the loop sees it."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    network: Network
+    tokenizer: tokenizers.Tokenizer
+    batches: pipeline.TrainIterator
+    heldout: pipeline.HeldoutBatches
+    levels: dict[str, float]
+    writer: writers.MultiWriter = dataclasses.field(default_factory=writers.MultiWriter)
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, config: ConfigDict, workdir: str) -> Iterator[Run]:
+        """Prepares the data and everything else that comes before the first step, and closes it all at the end.
+
+        Raises:
+            UserError: what a user can put right, before any work is done.
+        """
+        mesh = partition.create_mesh(config.mesh)
+        partition.check_batch(mesh, "train.batch_size", config.train.batch_size)
+        partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+        network = Network.from_config(config, tokenizers.vocab_size(config.data.tokenizer, config.data.bpe_size))
+        folder = prepared(config)
+        batches = pipeline.train_iterator(
+            folder,
+            length=config.model.length,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            packing=config.data.packing,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=config.data.workers,
+        )
+        run = cls(
+            config=config,
+            workdir=Path(workdir).expanduser().resolve(),
+            mesh=mesh,
+            network=network,
+            tokenizer=prepare.load_tokenizer(folder),
+            batches=batches,
+            heldout=heldout(config, folder),
+            levels=levels(config, folder, network.vocab_size),
+        )
+        try:
+            yield run
+        finally:
+            run.writer.close()
+            batches.close()
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return jax.process_index() == 0
+
+    def say(self, text: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.primary:
+            progress.say(text)
+
+    def check_record(self, record: Mapping[str, Any], where: str) -> None:
+        """Raises UserError if a checkpoint's record is not of this very run, naming the settings that differ."""
+        if record.get("format") != checkpoint.FORMAT:
+            raise UserError(f"{where} has format {record.get('format')}, not {checkpoint.FORMAT}; use another --workdir.")
+        if different := config_lib.changed(record["config"], self.config):
+            raise UserError(f"{where} is of another run: {'; '.join(different)}. Set it back, or use another --workdir.")
+
+    def start(self, step: int, params: Any) -> None:
+        """Says what is about to be trained, and opens the files of the run."""
+        self._started, self._first = time.monotonic(), step
+        config, net = self.config, self.network
+        if not self.primary:
+            return
+        self.writer = writers.MultiWriter(
+            writers.JsonlWriter(self.workdir / "metrics.jsonl", step),
+            writers.TensorBoardWriter(self.workdir / "tensorboard", step),
+        )
+        self.writer.write_hparams(config_lib.flatten(config))
+        (self.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save(self.workdir / checkpoint.TOKENIZER)
+        devices = self.mesh.devices.flatten()
+        self.say(
+            f"Training {net.algo}, {network_lib.count(params) / 1e6:.2f}M parameters (D = {net.dim}, {net.blocks} blocks, "
+            f"K = {net.vocab_size:,}, L = {net.length}) in {net.dtype.name} on {devices.size} x {devices[0].device_kind}, "
+            f"batch {config.train.batch_size}, steps {step:,} to {config.train.steps:,}."
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records numbers under a step."""
+        self.writer.write_scalars(step, scalars)
+
+    def evaluate(self, step: int, ema: Any) -> likelihood.Likelihood:
+        """Measures held-out likelihood with the averaged weights, records it and draws the picture anew."""
+        result = likelihood.evaluate(
+            ema, self.network, self.heldout, lambda batch: partition.put(batch, self.mesh), shards=self.mesh.size
+        )
+        scalars = {"heldout/nll": result.nll, "heldout/bpd": result.bpd, "heldout/ppl": result.ppl}
+        self.write(step, scalars | {f"heldout/{name}_ppl": level for name, level in self.levels.items()})
+        self.say(f"step {step:,}: held-out {describe(result, self.levels)}")
+        if self.primary:
+            self.writer.flush()
+            rows = writers.read_jsonl(self.workdir / "metrics.jsonl")
+            curves = [
+                [(row["step"], value(row)) for row in rows if name in row]
+                for name, value in (
+                    ("heldout/ppl", lambda row: row["heldout/ppl"]),
+                    ("train/loss", lambda row: float(np.exp(row["train/loss"]))),
+                )
+            ]
+            title = f"{self.workdir.name}: {self.network.algo} on {self.config.data.source}"
+            plots.perplexity(self.workdir / "perplexity.png", *curves, self.levels, title)
+        return result
+
+    def sample(self, step: int, ema: Any) -> str:
+        """Samples texts with the averaged weights, keeps them in a file, and returns the first."""
+        config = self.config.sample
+        settings = sampling.Settings.for_network(
+            self.network,
+            config.n_steps,
+            sampler=config.sampler,
+            noise_removal=config.noise_removal,
+            top_p=config.top_p,
+        )
+        tokens = sampling.sample_tokens(
+            ema,
+            jax.random.key(config.seed),
+            config.top_p,
+            network=self.network,
+            shape=(config.batch_size, config.length or self.network.length),
+            settings=settings,
+        )
+        texts = [self.tokenizer.decode(row) for row in np.asarray(tokens)]
+        whole = "\n\n".join(f"--- {i + 1} ---\n{text}" for i, text in enumerate(texts)) + "\n"
+        if self.primary:
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            (folder / f"{step:08d}.txt").write_text(whole, encoding="utf-8")
+            self.writer.write_texts(step, {"samples": whole})
+        self.say(f"step {step:,}: {settings.n_steps}-step sample: {' '.join(texts[0].split())[:160]} ...")
+        return texts[0]
+
+    def finish(self, step: int, ema: Any) -> None:
+        """Evaluates and samples a last time, and prints what came out and where it lies."""
+        seconds = time.monotonic() - self._started
+        result = self.evaluate(step, ema)
+        text = self.sample(step, ema)
+        tokens = (step - self._first) * self.config.train.batch_size * self.network.length
+        rate = f", {tokens / seconds:,.0f} tokens/s with evaluations" if tokens else ""
+        self.say(
+            f"\nDone: {step:,} steps, {step - self._first:,} of them now in {seconds / 60:.1f} min{rate}.\n"
+            f"  held-out   {describe(result, self.levels)}\n"
+            f"  plot       {self.workdir / 'perplexity.png'}\n"
+            f"  samples    {self.workdir / 'samples'}\n"
+            f"  checkpoint {self.workdir / checkpoint.FOLDER / str(step)}\n"
+            f"\nA text of {self.config.sample.n_steps} steps:\n\n{text}\n"
+        )
+
+
+def describe(result: likelihood.Likelihood, levels: Mapping[str, float]) -> str:
+    """Returns a line such as `PPL 60.1 (NLL 4.096 nats/token, BPD 5.909; unigram 213.0, uniform 512.0)`."""
+    beside = ", ".join(f"{name} {level:,.1f}" for name, level in levels.items())
+    return f"PPL {result.ppl:.2f} (NLL {result.nll:.4f} nats/token, BPD {result.bpd:.4f}; {beside})"
