@@ -70,6 +70,8 @@ def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = absl_logging.WARNING  # at absl's usual INFO, Orbax tells of every file it writes
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; settings are given as --config.name=value.")
     return rest
@@ -91,8 +93,6 @@ def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
             _fail(error)
 
     def call(_: list[str]) -> None:
-        if flags.FLAGS["verbosity"].using_default_value:
-            absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every file it writes
         logging.getLogger("duo_jax").setLevel(logging.INFO)
         try:
             config = flags.FLAGS.config

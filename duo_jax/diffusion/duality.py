@@ -1,8 +1,8 @@
 """The duality: Gaussian diffusion on one-hot vectors whose argmax is uniform-state diffusion, and the curricula on it.
 
 *The Diffusion Duality* (arXiv 2506.10892, "I") and its second chapter (arXiv 2602.21185, "II"). The latent is
-w_t = a x + s eps with a^2 = sigmoid(-gamma), s^2 = sigmoid(gamma), eps ~ N(0, I_K); only mu = a/s = exp(-gamma/2) matters to
-the argmax. Tokens are `[B, L]`; gamma is a scalar, `[B]`, `[B, 1]` or `[B, L]`, and may be traced, as may tau.
+w_t = a x + s eps with a^2 = sigmoid(-gamma), s^2 = sigmoid(gamma), eps ~ N(0, I_K); only mu = a/s = exp(-gamma/2)
+matters to the argmax. Tokens are `[B, L]`; gamma is a scalar, `[B]`, `[B, 1]` or `[B, L]`, and may be traced, as may tau.
 """
 
 import functools
@@ -43,22 +43,23 @@ def log_ndtr_exact(z: np.ndarray) -> np.ndarray:
 def _nodes(vocab_size: int) -> tuple[np.ndarray, ...]:
     """Nodes z, log weights and lower tails of the quadrature over M, the largest of K-1 normals (float64)."""
     # The integrands are analytic and vanish at both ends, so that the trapezoid rule converges exponentially: halving
-    # this step moves nothing above 1e-13. The upper end covers the derivative's peak near mu/2 until float32 underflows.
+    # this step moves nothing above 1e-13. The upper end covers the derivative's peak near mu/2 until float32 ends.
     step = 1.0 / 16.0
     z = np.arange(-9.0, 14.0, step)
     log_weight = (
         math.log(vocab_size * step / math.sqrt(2.0 * math.pi)) - 0.5 * z**2 + (vocab_size - 2) * log_ndtr_exact(z)
     )
-    kept = log_weight > -110.0
+    kept = log_weight > -130.0
     z, log_weight = z[kept], log_weight[kept]
     return z, log_weight, np.exp(log_ndtr_exact(-np.abs(z)))
 
 
 def alpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
-    """The diffusion transformation operator alpha = T(gamma) (I, eq. 9), same shape as gamma; exact quadrature.
+    """The diffusion transformation operator alpha = T(gamma) (I, eq. 10), same shape as gamma; exact quadrature.
 
-    T = (K P - 1)/(K - 1) with P = E_u[Phi(mu + u)^(K-1)]. P itself is 1/K plus almost nothing where alpha is small, so this
-    sums a rearrangement whose every term is positive: T = K/(K-1) E[Phi(M) - Phi(M - mu)], M the largest of K-1 normals.
+    T = (K P - 1)/(K - 1) with P = E_u[Phi(mu + u)^(K-1)]. P is 1/K plus almost nothing where alpha is small, so this
+    sums a rearrangement whose every term is positive: with M the largest of K-1 normals,
+    T = K/(K-1) E[Phi(M) - Phi(M - mu)].
     """
     check_vocab_size(vocab_size)
     gamma = jnp.asarray(gamma, dtype=jnp.result_type(gamma, jnp.float32))
@@ -70,7 +71,7 @@ def alpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
 
 
 def dalpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
-    """d T / d gamma = -(mu/2) K E-free integral of phi(z - mu) phi(z) Phi(z)^(K-2), same shape as gamma; negative.
+    """The derivative d T / d gamma < 0, same shape as gamma: -(mu/2) K/(K-1) E[phi(M - mu)], M as in `alpha`.
 
     The loss wants d alpha / d t, which is this times gamma_max - gamma_min.
     """
@@ -78,12 +79,12 @@ def dalpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
     gamma = jnp.asarray(gamma, dtype=jnp.result_type(gamma, jnp.float32))
     z, log_weight, _ = (jnp.asarray(v, gamma.dtype) for v in _nodes(vocab_size))
     mu = jnp.exp(-0.5 * gamma)
-    density = jnp.exp(log_weight - 0.5 * (z - mu[..., None]) ** 2) / math.sqrt(2.0 * math.pi)
-    return -0.5 * mu * jnp.sum(density, axis=-1)
+    log_density = jax.nn.logsumexp(log_weight - 0.5 * (z - mu[..., None]) ** 2, axis=-1)
+    return -0.5 / math.sqrt(2.0 * math.pi) * mu * jnp.exp(log_density)
 
 
 def gaussian_latent(key: jax.Array, x: jax.Array, gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
-    """Draws w_t = a x + s eps (I, eq. 6): x int `[B, L]`, to float32 `[B, L, K]`; argmax(w_t) has alpha_t = T(gamma_t)."""
+    """Draws w_t = a x + s eps, float32 `[B, L, K]` (I, eq. 7): x int `[B, L]`. Its argmax has alpha_t = T(gamma_t)."""
     check_vocab_size(vocab_size)
     eps = jax.random.normal(key, (*x.shape, vocab_size), jnp.float32)
     return latent_from_noise(eps, x, gamma)
@@ -106,12 +107,14 @@ def tau(
 ) -> jax.Array:
     """The curriculum's temperature at a training step, from 10^log10_start at `start` to 10^log10_end at `end`.
 
-    The exponent moves linearly, and is constant outside [start, end]. `step` may be traced; float32 of its shape.
+    The exponent moves linearly, and waits before `start`. From `end` on the curriculum is over, and 1e-10 stands for the
+    limit, in which the relaxed input is the one-hot z_t. `step` may be traced; float32 of its shape.
     """
     if end < start:
         raise UserError(f"the curriculum ends (step {end}) before it starts (step {start})")
-    fraction = jnp.clip((jnp.asarray(step) - start) / max(end - start, 1), 0.0, 1.0)
-    return 10.0 ** (log10_start + fraction * (log10_end - log10_start))
+    step = jnp.asarray(step)
+    fraction = jnp.clip((step - start) / max(end - start, 1), 0.0, 1.0)
+    return jnp.where(step < end, 10.0 ** (log10_start + fraction * (log10_end - log10_start)), 1e-10)
 
 
 def tempered_topk(
@@ -119,13 +122,13 @@ def tempered_topk(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k largest entries of softmax(w_t / tau), with w_t never built (II, section 4): the efficient curriculum.
 
-    x int `[B, L]`, gamma as everywhere, tau > 0 a scalar. Returns weights float32 `[B, L, k]` in descending order, which sum
-    to less than 1 (the rest of the softmax is left out); their ids int32 `[B, L, k]`, distinct; and z_t `[B, L]`, the id of
-    the largest, which is argmax(w_t), so that alpha_t = T(gamma_t).
+    x int `[B, L]`, gamma as everywhere, tau > 0 a scalar. Returns weights float32 `[B, L, k]` in descending order, which
+    sum to less than 1 (the rest of the softmax is left out); their ids int32 `[B, L, k]`, distinct; and z_t int32
+    `[B, L]`, the id of the largest, which is argmax(w_t), so that alpha_t = T(gamma_t).
 
-    Of the K-1 other tokens only the largest few matter, and which tokens those are is a uniform choice. Those kept and a
-    few dozen more enter the denominator as drawn; the sum of all below is drawn from a log-normal with the mean and
-    variance of a sum of truncated terms. With K-1 <= max(k, 32) everything is exact.
+    Of the K-1 other tokens only the largest few matter, and which tokens those are is a uniform choice. Those kept, and
+    more up to 32, enter the denominator as drawn; the sum of all below them is drawn from a log-normal with the mean
+    and variance of a sum of truncated terms. With K-1 <= max(k, 32) everything is exact.
     """
     check_vocab_size(vocab_size)
     if not 1 <= k <= vocab_size:

@@ -15,8 +15,8 @@ def top_normals(key: jax.Array, shape: tuple[int, ...], n: int, k: int) -> jax.A
 def normals_from_gaps(gaps: jax.Array, n: int) -> jax.Array:
     """The k largest of n normals from k standard exponentials `[..., k]` (Rényi's representation), descending.
 
-    The largest of n uniforms is U^(1/n), the next is that times U'^(1/(n-1)), and so on: in logarithms, a running sum of
-    exponentials. The quantile is taken from whichever side of the median is small, since 1 - u has lost u's digits.
+    The largest of n uniforms is U^(1/n), the next is that times U'^(1/(n-1)), and so on: in logarithms, a running sum
+    of exponentials. The quantile is taken from the side of the median that is small: 1 - u has lost u's digits.
     """
     k = gaps.shape[-1]
     log_u = -jnp.cumsum(gaps / (n - jnp.arange(k)), axis=-1)
@@ -29,18 +29,15 @@ def normals_from_gaps(gaps: jax.Array, n: int) -> jax.Array:
 def distinct_others(key: jax.Array, x: jax.Array, k: int, vocab_size: int) -> jax.Array:
     """k distinct tokens other than x, a uniform choice in uniform order: x int `[...]`, to int32 `[..., k]`.
 
-    The first k steps of a Fisher-Yates shuffle of the K-1 others, with only the swaps remembered: k^2 comparisons a token.
+    The first k steps of a Fisher-Yates shuffle of the K-1 others, with only the swaps remembered: k^2 comparisons.
     """
-    ranks = shuffle_prefix(_partners(key, x.shape, k, vocab_size - 1))
+    partners = jax.random.randint(key, (*x.shape, k), jnp.arange(k), vocab_size - 1, jnp.int32)
+    ranks = shuffle_prefix(partners)
     return ranks + (ranks >= x[..., None])
 
 
-def _partners(key: jax.Array, shape: tuple[int, ...], k: int, n: int) -> jax.Array:
-    return jax.random.randint(key, (*shape, k), jnp.arange(k), n, jnp.int32)
-
-
 def shuffle_prefix(partners: jax.Array) -> jax.Array:
-    """The first k entries of 0, 1, 2, ... after swapping place j with place `partners[..., j]` >= j for j = 0 .. k-1."""
+    """The first k of 0, 1, 2, ... after swapping place j with place `partners[..., j]` >= j, for j = 0 .. k-1."""
     places = jnp.arange(partners.shape[-1], dtype=jnp.int32)
 
     def value_at(place: jax.Array, j: jax.Array, moved: jax.Array) -> jax.Array:

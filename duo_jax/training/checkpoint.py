@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import logging
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from duo_jax.training.state import TrainState
 FOLDER = "checkpoints"
 TOKENIZER = "tokenizer"
 FORMAT = 1
-
-log = logging.getLogger(__name__)
 
 
 def _full_disk(error: BaseException) -> bool:
@@ -147,13 +145,10 @@ def find(path: str | Path) -> tuple[Path, int]:
     folder = path if path.name == FOLDER else path / FOLDER
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run's workdir or one of its folders {FOLDER}/STEP.")
-    step = None
-    if folder.is_dir():
-        with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-            step = manager.latest_step()
-    if step is None:
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    if not steps:
         raise UserError(f"{path} holds no checkpoint; give a run's workdir or one of its folders {FOLDER}/STEP.")
-    return folder.parent, step
+    return folder.parent, max(steps)
 
 
 def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]:
@@ -167,22 +162,20 @@ def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]
         UserError: no checkpoint, or one that this version cannot read.
     """
     workdir, step = find(path)
-    item = "ema" if ema else "params"
-    with ocp.CheckpointManager(workdir / FOLDER, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        try:
-            about = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-            if about["format"] != FORMAT:
-                raise UserError(
-                    f"{workdir / FOLDER / str(step)} is a checkpoint of format {about['format']}; this version of duo_jax "
-                    f"reads format {FORMAT}."
-                )
-            network = Network(**about["network"])
-        except (KeyError, TypeError, FileNotFoundError) as error:
-            raise UserError(f"{workdir / FOLDER / str(step)} is no checkpoint of duo_jax ({error}).") from error
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            jax.eval_shape(network.init, jax.random.key(0)),
-        )
-        weights = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
+    folder = workdir / FOLDER / str(step)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            about = reader.restore(folder / "record")
+        if about["format"] != FORMAT:
+            raise UserError(f"{folder} has format {about['format']}; this version of duo_jax reads format {FORMAT}.")
+        network = Network(**about["network"])
+    except (KeyError, TypeError, FileNotFoundError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} is no checkpoint of duo_jax, or a damaged one: {error}.") from error
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(network.init, jax.random.key(0)),
+    )
+    with ocp.StandardCheckpointer() as reader:
+        weights = reader.restore(folder / ("ema" if ema else "params"), like)
     return Params(weights=weights, network=network, tokenizer=str(workdir / TOKENIZER)), about
