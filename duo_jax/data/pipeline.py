@@ -236,7 +236,7 @@ def unigram_counts(folder: str | Path, length: int, packing: str = "packed", max
         folder: what `prepare` returned.
         length: L, the length of a row.
         packing: `packed` or `padded`.
-        max_rows: count about so many rows, evenly spaced, instead of all of them.
+        max_rows: count at most so many rows, evenly spaced, instead of all of them.
 
     Returns:
         int64 `[K]`.
@@ -246,7 +246,7 @@ def unigram_counts(folder: str | Path, length: int, packing: str = "packed", max
     """
     store = TokenStore(folder, TRAIN)
     rows = open_rows(store, length, packing)
-    step = max(1, len(rows) // max_rows) if max_rows else 1
+    step = -(-len(rows) // max_rows) if max_rows else 1
     counts = np.zeros(store.metadata["tokenizer"]["vocab_size"], np.int64)
     indices = np.arange(0, len(rows), step)
     for chunk in np.array_split(indices, max(1, len(indices) // 1024)):

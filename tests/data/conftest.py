@@ -2,23 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from small_text import data_config, make_texts
 
 from duo_jax.data import prepare
-
-WORDS = "the a cat dog sees runs over under small old red house river and then slowly naïve 北京 😀 12 7 , .".split()
-
-
-def make_texts(count, seed=0):
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(3, 60))) for _ in range(count)]
-
-
-def data_config(directory, **values):
-    default = {"source": "text", "path": "", "tokenizer": "bpe", "bpe_size": 300, "dir": str(directory / "shards")}
-    return ConfigDict(default | {"packing": "packed", "workers": 0} | values)
 
 
 @pytest.fixture(scope="session")

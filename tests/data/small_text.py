@@ -1,0 +1,19 @@
+"""Helpers of these tests: a small text, and a config block for it."""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+SENTENCE = "the a cat dog sees runs over under small old red house river and then slowly naïve 北京 😀 12 7 , ."
+WORDS = SENTENCE.split()
+
+
+def make_texts(count, seed=0):
+    """Documents of 3 to 59 words drawn from a few."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(3, 60))) for _ in range(count)]
+
+
+def data_config(directory, **values):
+    """A `config.data` block whose shards go to a folder of `directory`."""
+    default = {"source": "text", "path": "", "tokenizer": "bpe", "bpe_size": 300, "dir": str(directory / "shards")}
+    return ConfigDict(default | {"packing": "packed", "workers": 0} | values)

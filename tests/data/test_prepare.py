@@ -1,0 +1,249 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_text import data_config, make_texts
+
+from duo_jax.data import prepare, shards, sources
+from duo_jax.errors import UserError
+
+
+def copy(data, **values):
+    config = data.copy_and_resolve_references()
+    config.update(values)
+    return config
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def run_python(program, *, data, **kwargs):
+    """Runs a program with `data` defined, in a fresh process."""
+    head = f"from ml_collections import ConfigDict\ndata = ConfigDict({data.to_dict()!r})\n"
+    return subprocess.Popen([sys.executable, "-c", head + program], env={**os.environ, "PYTHONPATH": "."}, **kwargs)
+
+
+def test_what_is_written(folder, data, texts):
+    metadata = shards.read_metadata(folder)
+    assert metadata["source"]["name"] == "text"
+    assert metadata["tokenizer"] == {
+        "name": "bpe", "vocab_size": 300, "bos_id": 0, "eos_id": 1, "pad_id": 299, "mask_id": 299,
+    }  # fmt: skip
+    assert sum(split["documents"] for split in metadata["splits"].values()) == len(texts)
+    store = shards.TokenStore(folder, "train")
+    assert metadata["dtype"] == "<u2"
+    assert store.read(0, store.tokens).dtype == np.uint16
+    assert store.read(store.tokens - 1, 1)[0] == 1
+    assert int(store.read(0, store.tokens).max()) < 300
+    assert not [path for path in Path(data.dir).iterdir() if path.name.startswith(".")]
+    assert shards.verify(folder) == metadata
+
+
+def test_is_done_once(folder, data, monkeypatch):
+    monkeypatch.setattr(prepare, "_make", None)
+    assert prepare.prepare(data) == folder
+
+
+def test_same_text_same_bytes(folder, data, tmp_path):
+    again = prepare.prepare(copy(data, dir=str(tmp_path)), verbose=False)
+    assert snapshot(again) == snapshot(folder)
+
+
+def test_small_batches_change_nothing(folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1000)
+    assert snapshot(prepare.prepare(copy(data, dir=str(tmp_path)), verbose=False)) == snapshot(folder)
+
+
+def test_the_bpe_never_sees_the_heldout_split(data, tmp_path, monkeypatch, folder):
+    seen = []
+    monkeypatch.setattr(
+        prepare.tokenizers, "train_bpe", lambda texts, size: seen.extend(texts) or prepare.load_tokenizer(folder)
+    )
+    prepare.prepare(copy(data, dir=str(tmp_path)), verbose=False)
+    assert seen
+    assert {sources.split_by_hash(text) for text in seen} == {"train"}
+
+
+def test_large_vocabularies_take_four_bytes():
+    assert shards.token_dtype(65536) == np.uint16
+    assert shards.token_dtype(65537) == np.uint32
+
+
+def test_folder_names(tmp_path):
+    def name(**values):
+        return prepare.shards_folder(data_config(tmp_path, **values)).name
+
+    assert name(source="wiki", bpe_size=512) == "wiki-bpe512"
+    assert name(source="wiki", tokenizer="gpt2") == "wiki-gpt2"
+    assert name(source="lm1b", tokenizer="bert-base-uncased") == "lm1b-bert-base-uncased"
+    assert name(path="a") != name(path="b")
+    assert name(path="a") == name(path="./x/../a")
+    assert prepare.shards_folder(data_config(tmp_path)).parent == tmp_path / "shards"
+
+
+def test_progress_and_summary(data, tmp_path, capfd):
+    folder = prepare.prepare(copy(data, dir=str(tmp_path)))
+    shown = capfd.readouterr().err
+    assert "400/400" in shown
+    assert prepare.summary(folder) in shown
+    assert "tokenizer bpe (K = 300)" in shown
+    prepare.prepare(copy(data, dir=str(tmp_path / "quiet")), verbose=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_changed_text_is_noticed(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(make_texts(200)))
+    data = data_config(tmp_path, path=str(path), bpe_size=260)
+    folder = prepare.prepare(data, verbose=False)
+    path.write_text("\n\n".join(make_texts(201)))
+    with pytest.raises(UserError, match="has changed since"):
+        prepare.prepare(data)
+    path.unlink()  # the shards stand on their own
+    assert prepare.prepare(data) == folder
+
+
+def test_folder_of_another_tokenizer(folder, data, tmp_path):
+    other = copy(data, dir=str(tmp_path), bpe_size=310)
+    folder.parent.joinpath(folder.name)
+    target = prepare.shards_folder(other)
+    target.mkdir()
+    for name, content in snapshot(folder).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_bytes(content)
+    with pytest.raises(UserError, match="tokenizer bpe of 300 ids, not from text with bpe of 310"):
+        prepare.prepare(other)
+
+
+@pytest.mark.parametrize("damage", ["short", "gone", "metadata", "version", "bits"])
+def test_damaged_shards(folder, data, tmp_path, damage):
+    folder = prepare.prepare(copy(data, dir=str(tmp_path)), verbose=False)
+    tokens, metadata = folder / "train-00000.tokens", folder / "metadata.json"
+    content = tokens.read_bytes()
+    if damage == "short":
+        tokens.write_bytes(content[:-2])
+    elif damage == "gone":
+        tokens.unlink()
+    elif damage == "metadata":
+        metadata.write_text(metadata.read_text()[:-20])
+    elif damage == "version":
+        metadata.write_text(metadata.read_text().replace('"format_version": 1', '"format_version": 99'))
+    else:
+        tokens.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+        assert prepare.prepare(copy(data, dir=str(tmp_path))) == folder  # only the hash can tell
+    with pytest.raises(UserError, match="remove the folder and prepare"):
+        shards.verify(folder)
+
+
+def test_no_shards(tmp_path):
+    with pytest.raises(UserError, match=r"python -m duo_jax\.data\.prepare"):
+        shards.TokenStore(tmp_path, "train")
+
+
+def test_too_few_documents(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(make_texts(50)))
+    data = data_config(tmp_path, path=str(tmp_path / "a.txt"), tokenizer="gpt2")
+    with pytest.raises(UserError, match="split came out empty"):
+        prepare.prepare(data, verbose=False)
+    assert os.listdir(data.dir) == []
+
+
+def test_folder_that_cannot_be_made(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"is not writable .*set config\.data\.dir"):
+        prepare.prepare(copy(data, dir=str(tmp_path / "file" / "deeper")), verbose=False)
+
+
+@pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "Input/output error")])
+def test_disk_errors(data, tmp_path, monkeypatch, code, message):
+    def fail(file):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(shards, "sync_and_close", fail)
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(copy(data, dir=str(tmp_path)), verbose=False)
+    assert os.listdir(tmp_path) == []
+
+
+KILLED_AT = {
+    "writing": "shards.ShardWriter.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+    "between shards": "shards.ShardWriter.close = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+    "before the rename": "Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+@pytest.mark.parametrize("moment", KILLED_AT)
+def test_kill(folder, data, tmp_path, moment):
+    data = copy(data, dir=str(tmp_path))
+    program = "import os, signal\nfrom pathlib import Path\nfrom duo_jax.data import prepare, shards\n"
+    process = run_python(f"{program}{KILLED_AT[moment]}\nprepare.prepare(data, verbose=False)", data=data)
+    assert process.wait(60) == -signal.SIGKILL
+    assert os.listdir(tmp_path)  # it left something,
+    assert not prepare.shards_folder(data).exists()  # but no shards,
+    again = prepare.prepare(data, verbose=False)
+    assert os.listdir(tmp_path) == [again.name]  # and the next call cleans up.
+    assert snapshot(again) == snapshot(folder)
+
+
+def test_interrupt_leaves_nothing(data, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards.ShardWriter, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(copy(data, dir=str(tmp_path)), verbose=False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_processes_at_once(folder, data, tmp_path):
+    data = copy(data, dir=str(tmp_path))
+    program = """
+import time
+from duo_jax.data import prepare
+make = prepare._make
+def slow(*args):
+    print("making", flush=True)
+    time.sleep(0.5)
+    make(*args)
+prepare._make = slow
+prepare.prepare(data, verbose=False)
+"""
+    processes = [run_python(program, data=data, stdout=subprocess.PIPE) for _ in range(3)]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert b"".join(outputs).count(b"making") == 1
+    assert os.listdir(tmp_path) == [folder.name]
+    assert snapshot(tmp_path / folder.name) == snapshot(folder)
+
+
+def test_wiki_is_quick(tmp_path):
+    start = time.monotonic()
+    folder = prepare.prepare(data_config(tmp_path, source="wiki", bpe_size=512), verbose=False)
+    assert time.monotonic() - start < 30
+    assert folder.name == "wiki-bpe512"
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert {name: split["documents"] for name, split in metadata["splits"].items()} == {"train": 9528, "heldout": 505}
+
+
+def test_command_line(data, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("from duo_jax.config import default as get_config\n")
+    command = [sys.executable, "-m", "duo_jax.data.prepare", f"--config={config}", "--config.data.source=text"]
+    command += [f"--config.data.path={data.path}", "--config.data.tokenizer=bpe", "--config.data.bpe_size=300"]
+    command += [f"--config.data.dir={tmp_path / 'out'}"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "tokenizer bpe (K = 300)" in first.stderr
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "every hash is right" in second.stderr
+    wrong = subprocess.run([*command, "--config.data.source=web"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "choose one of wiki, text" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
