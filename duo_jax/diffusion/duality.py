@@ -2,7 +2,7 @@
 
 *The Diffusion Duality* (arXiv 2506.10892, "I") and its second chapter (arXiv 2602.21185, "II"). The latent is
 w_t = a x + s eps with a^2 = sigmoid(-gamma), s^2 = sigmoid(gamma), eps ~ N(0, I_K); only mu = a/s = exp(-gamma/2)
-matters to the argmax. Tokens are `[B, L]`; gamma is a scalar, `[B]`, `[B, 1]` or `[B, L]`, and may be traced, as may tau.
+matters to the argmax. Tokens are `[B, L]`; gamma is a scalar, `[B]`, `[B, 1]` or `[B, L]`; gamma and tau may be traced.
 """
 
 import functools
@@ -91,7 +91,7 @@ def gaussian_latent(key: jax.Array, x: jax.Array, gamma: jax.typing.ArrayLike, v
 
 
 def latent_from_noise(eps: jax.Array, x: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:
-    """w_t = a x + s eps for given noise eps `[B, L, K]`; the same eps at two gammas gives one deterministic trajectory."""
+    """w_t = a x + s eps for given eps `[B, L, K]`; one eps at two gammas gives a deterministic trajectory."""
     signal, noise = signal_and_noise(per_token(gamma, x.shape)[..., None])
     ids = lax.broadcasted_iota(jnp.int32, eps.shape, eps.ndim - 1)
     return noise * eps + jnp.where(ids == x[..., None], signal, 0.0)
@@ -107,8 +107,8 @@ def tau(
 ) -> jax.Array:
     """The curriculum's temperature at a training step, from 10^log10_start at `start` to 10^log10_end at `end`.
 
-    The exponent moves linearly, and waits before `start`. From `end` on the curriculum is over, and 1e-10 stands for the
-    limit, in which the relaxed input is the one-hot z_t. `step` may be traced; float32 of its shape.
+    The exponent moves linearly, and waits before `start`. From `end` on the curriculum is over, and 1e-10 stands for
+    the limit, in which the relaxed input is the one-hot z_t. `step` may be traced; float32 of its shape.
     """
     if end < start:
         raise UserError(f"the curriculum ends (step {end}) before it starts (step {start})")
@@ -122,8 +122,8 @@ def tempered_topk(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k largest entries of softmax(w_t / tau), with w_t never built (II, section 4): the efficient curriculum.
 
-    x int `[B, L]`, gamma as everywhere, tau > 0 a scalar. Returns weights float32 `[B, L, k]` in descending order, which
-    sum to less than 1 (the rest of the softmax is left out); their ids int32 `[B, L, k]`, distinct; and z_t int32
+    x int `[B, L]`, gamma as everywhere, tau > 0 a scalar. Returns weights float32 `[B, L, k]` in descending order,
+    which sum to less than 1 (the rest of the softmax is left out); their ids int32 `[B, L, k]`, distinct; and z_t int32
     `[B, L]`, the id of the largest, which is argmax(w_t), so that alpha_t = T(gamma_t).
 
     Of the K-1 other tokens only the largest few matter, and which tokens those are is a uniform choice. Those kept, and

@@ -38,8 +38,8 @@ def log_scaled_upper_tail(y: jax.Array) -> jax.Array:
 def log_mean_exp_below(ceiling: jax.Array, scale: jax.Array) -> jax.Array:
     """log E[exp(v) | v < ceiling] for v ~ N(0, scale^2), any shape (II, app. on the softmax's denominator).
 
-    The textbook scale^2/2 + log Phi(a - scale) - log Phi(a), a = ceiling / scale, subtracts numbers of order scale^2, and
-    scale reaches 1000; here the squares are cancelled by hand wherever the argument is in the lower tail.
+    The textbook scale^2/2 + log Phi(a - scale) - log Phi(a), a = ceiling / scale, subtracts numbers of order scale^2,
+    and scale reaches 1000; here the squares are cancelled by hand wherever the argument is in the lower tail.
     """
     a = ceiling / scale
     y = scale - a
