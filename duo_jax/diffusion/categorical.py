@@ -1,12 +1,13 @@
-"""Drawing tokens from a large vocabulary, and nucleus filtering, in few passes over it and in float32."""
+"""Large categorical distributions in few passes over the vocabulary and in float32: drawing, nucleus, likelihood."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from duo_jax.diffusion.arrays import as_float, map_keys
+from duo_jax.diffusion.arrays import as_float, map_keys, take
 from duo_jax.errors import UserError
 
 # What float32 may add to a sum of probabilities: masses .5 + .3 + .15 do not exceed top_p = .95.
@@ -105,3 +106,43 @@ def _cut_tail(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     limit, _ = lax.fori_loop(0, 31, halve, bounds)
     cut = jnp.where(jnp.broadcast_to(top_p, tokens) >= 1.0, 0x7F800000, limit)
     return jnp.where(depth(values) <= cut[..., None], logits, -jnp.inf)
+
+
+# Stands for log 0 where a difference or a multiple may follow: exp of it is 0, and it never makes a NaN.
+IMPOSSIBLE = -1e6
+
+
+def without(logits: jax.Array, banned: int | None) -> jax.Array:
+    """The logits `[..., K]` with the token `banned` made impossible; None bans nothing."""
+    if banned is None:
+        return logits
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(ids == banned, jnp.asarray(IMPOSSIBLE, logits.dtype), logits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def nll(logits: jax.Array, x: jax.Array, banned: int | None = None) -> jax.Array:
+    """Cross-entropy -log softmax(logits)_x in nats, `[...]`: logits `[..., K]`, x int `[...]`; `banned` never occurs.
+
+    Two passes over the vocabulary forward and one backward, with no temporary of its size but the gradient.
+    """
+    return _nll_forward(logits, x, banned)[0]
+
+
+def _nll_forward(logits: jax.Array, x: jax.Array, banned: int | None) -> tuple[jax.Array, tuple]:
+    values = without(as_float(logits), banned)
+    # Relative to the largest first, so that a confident network's small loss keeps its digits.
+    top = jnp.max(values, axis=-1)
+    log_total = jnp.log(jnp.sum(jnp.exp(values - top[..., None]), axis=-1))
+    return log_total - (take(values, x) - top), (logits, x, top, log_total)
+
+
+def _nll_backward(banned: int | None, residuals: tuple, cotangent: jax.Array) -> tuple:
+    logits, x, top, log_total = residuals
+    p = jnp.exp(without(as_float(logits), banned) - top[..., None] - log_total[..., None])
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    hit = (ids == x[..., None]) & (ids != (-1 if banned is None else banned))
+    return ((cotangent[..., None] * (p - hit)).astype(logits.dtype), None)
+
+
+nll.defvjp(_nll_forward, _nll_backward)

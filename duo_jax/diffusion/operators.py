@@ -1,8 +1,8 @@
 """The diffusion transformation operator by name: exact, as a power series, or as the fits of paper II, for any K.
 
 Each operator is a frozen dataclass, so that it can be a static argument of a jitted function, with alpha(gamma) and
-dalpha(gamma) = d alpha / d gamma of gamma's shape. Exact is the default and costs no more than the others; they are here
-for parity with *The Diffusion Duality, Chapter II* (arXiv 2602.21185), fitted on the host to the exact operator.
+dalpha(gamma) = d alpha / d gamma of gamma's shape. Exact is the default and costs no more than the others; they are
+here for parity with *The Diffusion Duality, Chapter II* (arXiv 2602.21185), fitted on the host to the exact operator.
 """
 
 import dataclasses

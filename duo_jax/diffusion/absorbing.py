@@ -1,0 +1,225 @@
+"""Absorbing-state baselines: the masking process and the bounds of MDLM, SEDD and D3PM; and the autoregressive loss.
+
+MDLM (arXiv 2406.07524), SEDD (arXiv 2310.16834), D3PM (arXiv 2107.03006). Tokens `[B, L]`, logits `[B, L, K]`; a signal
+level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]`. As in `uniform`, what visits the vocabulary takes any leading shape
+`[...]`. A masked token carries the id `mask_id`, one of the K. Losses are in nats per token.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from duo_jax.diffusion import categorical
+from duo_jax.diffusion.arrays import as_float, map_keys, per_token, take
+from duo_jax.diffusion.categorical import IMPOSSIBLE, nll, without
+from duo_jax.diffusion.special import excess
+from duo_jax.errors import UserError
+
+_MIN_NOISE = 1e-8
+
+
+def q_sample(key: jax.Array, x: jax.Array, alpha_t: jax.typing.ArrayLike, mask_id: int) -> jax.Array:
+    """Draws z_t ~ Cat(alpha_t x + (1-alpha_t) mask) (MDLM, eq. 1): x int `[B, L]`, to int32 `[B, L]`."""
+    masked = jax.random.uniform(key, x.shape) < 1.0 - per_token(alpha_t, x.shape)
+    return jnp.where(masked, mask_id, x).astype(jnp.int32)
+
+
+def posterior(
+    p: jax.Array, z_t: jax.Array, alpha_s: jax.typing.ArrayLike, alpha_t: jax.typing.ArrayLike, mask_id: int
+) -> jax.Array:
+    """q(z_s | z_t, x = p) as a dense table (MDLM, eq. 6): p `[B, L, K]` without mass on the mask, to `[B, L, K]`."""
+    vocab_size = p.shape[-1]
+    reveal = _reveal_rate(per_token(alpha_s, z_t.shape), per_token(alpha_t, z_t.shape))[..., None]
+    masked = reveal * p + (1.0 - reveal) * jax.nn.one_hot(mask_id, vocab_size, dtype=p.dtype)
+    return jnp.where((z_t == mask_id)[..., None], masked, jax.nn.one_hot(z_t, vocab_size, dtype=p.dtype))
+
+
+def _reveal_rate(alpha_s: jax.Array, alpha_t: jax.Array) -> jax.Array:
+    """The probability that a masked token is revealed between t and s: (alpha_s - alpha_t) / (1 - alpha_t)."""
+    return (alpha_s - alpha_t) / jnp.maximum(1.0 - alpha_t, _MIN_NOISE)
+
+
+def mixture_step(
+    keys: jax.Array,
+    logits: jax.Array,
+    z_t: jax.Array,
+    alpha_s: jax.typing.ArrayLike,
+    alpha_t: jax.typing.ArrayLike,
+    mask_id: int,
+    kappa: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+    """Draws z_s given z_t with SUBS: reveals a masked token at rate (alpha_s - alpha_t)/(1 - alpha_t) (MDLM, eq. 6).
+
+    keys `[...]` (one a token), logits `[..., K]`, the rest `[...]` or wider, returns int32 `[...]`. `kappa` < 1 gives
+    the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) + (1-alpha_s) mask], which also masks
+    revealed tokens again.
+    """
+    alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
+    reveal = kappa * _reveal_rate(alpha_s, alpha_t) + (1.0 - kappa) * alpha_s
+    hide = (1.0 - kappa) * (1.0 - alpha_s)
+
+    def noise(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        which, token = jax.random.split(key)
+        return jax.random.uniform(which), token
+
+    u, draw_keys = map_keys(noise, keys)
+    drawn = categorical.draw(draw_keys, without(as_float(logits), mask_id))
+    from_mask = jnp.where(u < reveal, drawn, mask_id)
+    return jnp.where(z_t == mask_id, from_mask, jnp.where(u < hide, mask_id, z_t)).astype(jnp.int32)
+
+
+def subs(logits: jax.Array, z_t: jax.Array, mask_id: int) -> jax.Array:
+    """MDLM's parametrisation (section 3.2.3) as log-probabilities: logits `[..., K]`, z_t int `[...]`, to `[..., K]`.
+
+    A masked token never predicts the mask, a revealed one copies itself; log 0 is -1e6, so that no NaN can follow.
+    """
+    log_p = jax.nn.log_softmax(without(as_float(logits), mask_id), axis=-1)
+    copy = jnp.where(jax.nn.one_hot(z_t, logits.shape[-1], dtype=jnp.bool_), 0.0, IMPOSSIBLE)
+    return jnp.where((z_t == mask_id)[..., None], log_p, copy)
+
+
+def mdlm_nelbo(
+    log_p: jax.Array, x: jax.Array, alpha_t: jax.typing.ArrayLike, dalpha_t: jax.typing.ArrayLike
+) -> jax.Array:
+    """alpha'_t / (1 - alpha_t) log p_x >= 0, `[B, L]` (MDLM, eq. 10): log_p `[B, L, K]` from `subs`, x int `[B, L]`."""
+    return _mdlm_weight(x, alpha_t, dalpha_t) * -take(log_p, x)
+
+
+def mdlm_nelbo_from_logits(
+    logits: jax.Array,
+    z_t: jax.Array,
+    x: jax.Array,
+    alpha: jax.typing.ArrayLike,
+    dalpha: jax.typing.ArrayLike,
+    mask_id: int,
+) -> jax.Array:
+    """As `mdlm_nelbo` of `subs`, from logits `[..., K]` of any leading shape, without the table of log-probabilities."""
+    loss = _mdlm_weight(x, alpha, dalpha) * nll(logits, x, mask_id)
+    return jnp.where(z_t == mask_id, loss, 0.0)
+
+
+def _mdlm_weight(x: jax.Array, alpha: jax.typing.ArrayLike, dalpha: jax.typing.ArrayLike) -> jax.Array:
+    alpha, dalpha = per_token(alpha, x.shape), per_token(dalpha, x.shape)
+    return -dalpha / jnp.maximum(1.0 - alpha, _MIN_NOISE)
+
+
+def sedd_log_score(logits: jax.Array, z_t: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Array:
+    """SEDD's log-score from the network's output: logits `[..., K]`, z_t int `[...]`, to `[..., K]` (SEDD, app. C.2).
+
+    The output is scaled by 1 / (expm1(sigma) (K-1)), the mean score, and is 0 at the input token. With
+    alpha = e^-sigma, expm1(sigma) = (1-alpha)/alpha.
+    """
+    vocab_size = logits.shape[-1]
+    alpha = as_float(per_token(alpha, z_t.shape))
+    offset = _log_expm1_sigma(alpha) + math.log(vocab_size - 1)
+    own = jax.nn.one_hot(z_t, vocab_size, dtype=jnp.bool_)
+    return jnp.where(own, 0.0, as_float(logits) - offset[..., None])
+
+
+def _log_expm1_sigma(alpha: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(1.0 - alpha, _MIN_NOISE)) - jnp.log(alpha)
+
+
+def sedd_nelbo(
+    log_score: jax.Array,
+    z_t: jax.Array,
+    x: jax.Array,
+    alpha_t: jax.typing.ArrayLike,
+    dalpha_t: jax.typing.ArrayLike,
+    mask_id: int,
+) -> jax.Array:
+    """dsigma (sum_j s_j - r log s_x + r (log r - 1)) at masked tokens (SEDD, eq. 5): the denoising score entropy.
+
+    log_score `[..., K]`, z_t and x int `[...]`, to `[...]`; j over the non-masks, r = 1/expm1(sigma) and
+    dsigma = -alpha'/alpha. Arranged as the other tokens' score plus r (y - 1 - log y), y = s_x / r, both non-negative.
+    """
+    alpha, dalpha = (as_float(per_token(value, x.shape)) for value in (alpha_t, dalpha_t))
+    log_rate = -_log_expm1_sigma(alpha)
+    log_score = as_float(log_score)
+    ids = jax.lax.broadcasted_iota(jnp.int32, log_score.shape, log_score.ndim - 1)
+    others = (ids != mask_id) & (ids != x[..., None])
+    log_y = take(log_score, x) - log_rate
+    entropy = jnp.sum(jnp.where(others, jnp.exp(log_score), 0.0), axis=-1)
+    entropy = entropy + jnp.exp(log_rate) * excess(jnp.expm1(log_y), log_y)
+    return jnp.where(z_t == mask_id, -dalpha / alpha * entropy, 0.0)
+
+
+def sedd_step(
+    keys: jax.Array, log_score: jax.Array, z_t: jax.Array, dsigma: jax.typing.ArrayLike, mask_id: int
+) -> jax.Array:
+    """SEDD's analytic step (SEDD, eq. 17-19) over dsigma = sigma_t - sigma_s as a mixture: int32 `[...]`.
+
+    keys `[...]`, log_score `[..., K]`. The staggered score times the transposed transition reveals a masked token with
+    probability expm1(dsigma) sum_j s_j over the non-masks, and which one in proportion to s_j.
+    """
+    dsigma = per_token(dsigma, z_t.shape)
+
+    def noise(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        which, token = jax.random.split(key)
+        return jax.random.uniform(which), token
+
+    u, draw_keys = map_keys(noise, keys)
+    drawn, log_total = categorical.draw_with_log_normaliser(draw_keys, without(as_float(log_score), mask_id))
+    reveals = (z_t == mask_id) & (u < jnp.expm1(dsigma) * jnp.exp(log_total))
+    return jnp.where(reveals, drawn, z_t).astype(jnp.int32)
+
+
+def sedd_probabilities(log_score: jax.Array, z_t: jax.Array, dsigma: jax.typing.ArrayLike, mask_id: int) -> jax.Array:
+    """The distribution that `sedd_step` draws from, as a dense table `[..., K]`: staggered score times transition.
+
+    The mask's entry of the staggered score is 1 - expm1(dsigma) sum_j s_j, at least 0 (a score too large for the step).
+    """
+    vocab_size = log_score.shape[-1]
+    score = jnp.exp(without(as_float(log_score), mask_id))
+    growth = jnp.expm1(per_token(dsigma, z_t.shape))
+    stays = jnp.maximum(1.0 - growth * jnp.sum(score, axis=-1), 0.0)
+    masked = growth[..., None] * score + stays[..., None] * jax.nn.one_hot(mask_id, vocab_size)
+    masked = masked / jnp.sum(masked, axis=-1, keepdims=True)
+    return jnp.where((z_t == mask_id)[..., None], masked, jax.nn.one_hot(z_t, vocab_size))
+
+
+def d3pm_nelbo(
+    logits: jax.Array,
+    z_t: jax.Array,
+    x: jax.Array,
+    alpha_t: jax.typing.ArrayLike,
+    mask_id: int,
+    n_steps: int = 1000,
+) -> jax.Array:
+    """T KL(q(z_s | z_t, x) || p(z_s | z_t)) of the T-step chain with alpha = 1 - t and s = t - 1/T (D3PM, eq. 1).
+
+    logits `[..., K]`, z_t and x int `[...]`, to `[...]`; only masked tokens cost. The mean over t in {1/T, ..., 1} is the
+    sum of the chain's terms; `d3pm_reconstruction` is the term at its end. The network may put mass on the mask, and
+    p(z_s | z_t) is in proportion to sum_j p_j q(z_s, z_t | x = j) (D3PM, eq. 4).
+
+    With u = alpha_s - alpha_t, r = u/(1-alpha_t) and m the mask, the divergence is
+    r (log(1 + alpha_s/(1-alpha_s) p_m) - log p_x) - log(1 + p_m r/((1-alpha_s)(1 + alpha_t/(1-alpha_t) p_m))),
+    every term of order 1/T, so that the factor T magnifies no rounding.
+    """
+    if n_steps < 1:
+        raise UserError(f"D3PM's number of steps must be at least 1, not {n_steps}")
+    alpha_t = as_float(per_token(alpha_t, x.shape))
+    noise_t = jnp.maximum(1.0 - alpha_t, _MIN_NOISE)
+    reveal = jnp.minimum(1.0 / (n_steps * noise_t), 1.0)
+    # 1 - alpha_s; the last step leaves no noise, and rounding must not leave some either.
+    noise_s = jnp.maximum(noise_t - 1.0 / n_steps, 0.0)
+    p_mask = jnp.exp(-nll(logits, jnp.full_like(x, mask_id)))
+    spared = p_mask * alpha_t / noise_t
+    safe = jnp.where(noise_s > 0.0, noise_s, 1.0)
+    inner = reveal * jnp.log1p(p_mask * (1.0 - safe) / safe) - jnp.log1p(p_mask * reveal / (safe * (1.0 + spared)))
+    waste = jnp.where(noise_s > 0.0, inner, jnp.log1p(spared))
+    return jnp.where(z_t == mask_id, n_steps * (reveal * nll(logits, x) + waste), 0.0)
+
+
+def d3pm_reconstruction(logits: jax.Array, x: jax.Array) -> jax.Array:
+    """-log p(x | z_0), `[...]`, with the network's logits `[..., K]` at the end of the chain (sigma = 0); x int `[...]`."""
+    return nll(logits, x)
+
+
+def ar_nll(logits: jax.Array, x: jax.Array, mask_id: int | None = None) -> jax.Array:
+    """Next-token cross-entropy: logits `[B, L, K]` at positions 0 .. L-1, x int `[B, L]` at 1 .. L, to `[B, L]`.
+
+    `mask_id`, an id that text never holds, is left out of the distribution.
+    """
+    return nll(logits, x, mask_id)
