@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -127,8 +126,7 @@ def _check(folder: Path, data: Any) -> None:
 def _make(folder: Path, data: Any, verbose: bool) -> None:
     source = sources.open_source(data.source, data.path)
     partial = folder.with_name(f".{folder.name}.partial")
-    # The lock is held, so whatever lies here belongs to a process that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_leftovers(folder)
     partial.mkdir()
     try:
         tokenizer = _tokenizer(source, data, verbose)
@@ -221,23 +219,51 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, verbose: bool) -> Iterator[None]:
-    """Holds the folder's lock, which the kernel releases however the process ends."""
-    path = folder.with_name(f".{folder.name}.lock")
-    for attempt in itertools.count():
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if verbose and attempt == 0:
-                    print(f"waiting for another process that prepares {folder}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held the lock before may have removed its file: then this is a lock on nothing.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
+    """Holds the folder's lock, waiting for it if need be; the kernel releases it however the process ends."""
+    path = _lock_path(folder)
+    file = _acquire(path, block=False)
+    if file is None:
+        if verbose:
+            print(f"waiting for another process that prepares {folder}", file=sys.stderr)
+        file = _acquire(path, block=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _acquire(path: Path, *, block: bool) -> Any:
+    """Returns the locked file, or None where another process has the lock and `block` is not set."""
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
+            # Whoever held the lock before may have removed its file, and then this is a lock on nothing.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        file.close()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed preparations left beside `folder`, whose own lock is held."""
+    for partial in folder.parent.glob(".*.partial"):
+        lock = _lock_path(partial.with_name(partial.name[1:].removesuffix(".partial")))
+        file = None if lock == _lock_path(folder) else _acquire(lock, block=False)
+        if file is not None or lock == _lock_path(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+        if file is not None:
+            lock.unlink()
+            file.close()
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ class Tokenizer(abc.ABC):
         """Returns the ids of each text, using all cores that the process may run on."""
         return self._encode_batch([clean_unicode(text) for text in texts])
 
-    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
         """Returns the text of a sequence of ids (a list or an integer array [L]).
 
         Special ids are left out, except that an EOS between two pieces of text, which is a boundary between documents,

@@ -1,5 +1,7 @@
 """Helpers of these tests: a small text, and a config block for it."""
 
+import os
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -17,3 +19,10 @@ def data_config(directory, **values):
     """A `config.data` block whose shards go to a folder of `directory`."""
     default = {"source": "text", "path": "", "tokenizer": "bpe", "bpe_size": 300, "dir": str(directory / "shards")}
     return ConfigDict(default | {"packing": "packed", "workers": 0} | values)
+
+
+def process_and_backends(batch):
+    """Replaces a batch by the number of the process that made it and of the JAX backends that it has started."""
+    from jax._src import xla_bridge
+
+    return {"process": np.array(os.getpid()), "backends": np.array(len(xla_bridge._backends))}

@@ -1,11 +1,12 @@
 import json
+import os
 import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from small_text import data_config
+from small_text import data_config, process_and_backends
 
 from duo_jax.data import packing, pipeline, prepare, shards
 from duo_jax.errors import UserError
@@ -129,6 +130,15 @@ def test_worker_processes(folder, epoch, workers):
     resumed.close()
     assert_same(batches, expected[4:])  # arrays outlive the workers
     assert type(batches[0]["tokens"]) is np.ndarray
+
+
+def test_workers_do_not_start_jax(folder):
+    iterator = train(folder, workers=1)
+    iterator._batches = iterator._batches.map(process_and_backends)
+    batch = next(iterator)
+    iterator.close()
+    assert batch["process"] != os.getpid()
+    assert batch["backends"] == 0
 
 
 def test_grain_checkpoints_it(folder, tmp_path):

@@ -193,6 +193,16 @@ def test_kill(folder, data, tmp_path, moment):
     assert snapshot(again) == snapshot(folder)
 
 
+def test_leftovers_of_other_preparations(data, tmp_path):
+    dead, alive = tmp_path / ".wiki-bpe999.partial", tmp_path / ".wiki-bpe888.partial"
+    dead.mkdir()
+    alive.mkdir()
+    lock = prepare._acquire(tmp_path / ".wiki-bpe888.lock", block=False)
+    folder = prepare.prepare(copy(data, dir=str(tmp_path)), verbose=False)
+    lock.close()
+    assert sorted(os.listdir(tmp_path)) == [".wiki-bpe888.lock", alive.name, folder.name]
+
+
 def test_interrupt_leaves_nothing(data, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
