@@ -5,9 +5,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "cuda": ["jax[cuda13]"],
+    "cuda": ["jax[cuda12]"],
     "hub": ["datasets>=3.0"],
-    "test": ["pytest>=8.0", "ruff>=0.12"],
+    "tpu": ["jax[tpu]"],
+    "test": ["mpmath>=1.3", "pyarrow>=17", "pytest>=8.0", "ruff>=0.12", "scipy>=1.13"],
 }
 
 setup(
@@ -28,7 +29,7 @@ setup(
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.11.20",
         "tensorboardX>=2.6.2",
         "tiktoken>=0.8",

@@ -23,3 +23,25 @@ def golden():
             return dict(file)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """A folder with `text.jsonl`, some real paragraphs, in which shards are made once for all tests."""
+    import helpers
+
+    folder = tmp_path_factory.mktemp("text")
+    helpers.write_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(text_folder, tmp_path_factory):
+    """The workdir of a tiny run of 20 steps, trained through the loop; tests must not change it."""
+    import helpers
+
+    from duo_jax.training import loop
+
+    workdir = tmp_path_factory.mktemp("trained")
+    loop.train(helpers.make_config(helpers.tiny_settings(text_folder)), str(workdir))
+    return workdir

@@ -1,8 +1,8 @@
 """Absorbing-state baselines: the masking process and the bounds of MDLM, SEDD and D3PM; and the autoregressive loss.
 
 MDLM (arXiv 2406.07524), SEDD (arXiv 2310.16834), D3PM (arXiv 2107.03006). Tokens `[B, L]`, logits `[B, L, K]`; a signal
-level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]`. As in `uniform`, what visits the vocabulary takes any leading shape
-`[...]`. A masked token carries the id `mask_id`, one of the K. Losses are in nats per token.
+level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]`. As in `uniform`, what visits the vocabulary takes any leading
+shape `[...]`. A masked token carries the id `mask_id`, one of the K. Losses are in nats per token.
 """
 
 import math
@@ -52,8 +52,8 @@ def mixture_step(
     """Draws z_s given z_t with SUBS: reveals a masked token at rate (alpha_s - alpha_t)/(1 - alpha_t) (MDLM, eq. 6).
 
     keys `[...]` (one a token), logits `[..., K]`, the rest `[...]` or wider, returns int32 `[...]`. `kappa` < 1 gives
-    the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) + (1-alpha_s) mask], which also masks
-    revealed tokens again.
+    the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) + (1-alpha_s) mask], which also
+    masks revealed tokens again.
     """
     alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
     reveal = kappa * _reveal_rate(alpha_s, alpha_t) + (1.0 - kappa) * alpha_s
@@ -94,7 +94,7 @@ def mdlm_nelbo_from_logits(
     dalpha: jax.typing.ArrayLike,
     mask_id: int,
 ) -> jax.Array:
-    """As `mdlm_nelbo` of `subs`, from logits `[..., K]` of any leading shape, without the table of log-probabilities."""
+    """As `mdlm_nelbo` of `subs`, from logits `[..., K]` of any leading shape without the log-probabilities' table."""
     loss = _mdlm_weight(x, alpha, dalpha) * nll(logits, x, mask_id)
     return jnp.where(z_t == mask_id, loss, 0.0)
 
@@ -189,8 +189,8 @@ def d3pm_nelbo(
 ) -> jax.Array:
     """T KL(q(z_s | z_t, x) || p(z_s | z_t)) of the T-step chain with alpha = 1 - t and s = t - 1/T (D3PM, eq. 1).
 
-    logits `[..., K]`, z_t and x int `[...]`, to `[...]`; only masked tokens cost. The mean over t in {1/T, ..., 1} is the
-    sum of the chain's terms; `d3pm_reconstruction` is the term at its end. The network may put mass on the mask, and
+    logits `[..., K]`, z_t and x int `[...]`, to `[...]`; only masked tokens cost. The mean over t in {1/T, ..., 1} is
+    the sum of the chain's terms; `d3pm_reconstruction` is the term at its end. The network may put mass on the mask, and
     p(z_s | z_t) is in proportion to sum_j p_j q(z_s, z_t | x = j) (D3PM, eq. 4).
 
     With u = alpha_s - alpha_t, r = u/(1-alpha_t) and m the mask, the divergence is
@@ -213,7 +213,7 @@ def d3pm_nelbo(
 
 
 def d3pm_reconstruction(logits: jax.Array, x: jax.Array) -> jax.Array:
-    """-log p(x | z_0), `[...]`, with the network's logits `[..., K]` at the end of the chain (sigma = 0); x int `[...]`."""
+    """-log p(x | z_0), `[...]`, with the network's logits `[..., K]` at the chain's end (sigma = 0); x int `[...]`."""
     return nll(logits, x)
 
 

@@ -20,10 +20,10 @@ def trajectory_pair(
     gamma_s: jax.typing.ArrayLike,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws (z_t, z_s) = (argmax w_t, argmax w_s) of one noise eps (I, alg. 1), int32 `[B, L]` each: the exact joint law.
+    """Draws (z_t, z_s) = (argmax w_t, argmax w_s) of one noise eps (I, alg. 1), int32 `[B, L]`: the exact joint law.
 
-    x int `[B, L]`, gamma_s <= gamma_t. Dividing w by its noise scale leaves mu x + eps, mu = exp(-gamma/2): x wins where
-    mu + eps_x exceeds the largest of the other eps, and otherwise that same largest wins at both times. So three draws
+    x int `[B, L]`, gamma_s <= gamma_t. Dividing w by its noise scale leaves mu x + eps, mu = exp(-gamma/2): x wins
+    where mu + eps_x exceeds the largest of the other eps, and otherwise that same largest wins at both times. So three draws
     a token are enough: eps_x, the largest of K-1 normals, and which token holds it.
     """
     check_vocab_size(vocab_size)

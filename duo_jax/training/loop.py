@@ -183,12 +183,8 @@ def take_steps(
     def log(step: int, *, late: bool = True) -> None:
         if scalars := meter.read(step, late=late):
             run.write(step, {f"train/{name}": value for name, value in scalars.items()})
-            bar.set_postfix_str(f"loss {scalars['loss']:.3f}, {scalars.get('tokens_per_s', 0):,.0f} tokens/s")
-
-    def save(step: int) -> None:
-        log(step, late=False)  # a loss that is not finite ends the run here, before it is saved
-        checkpoints.save(state, run.batches.get_state(), record)
-        meter.restart_clock()
+            rate = f", {scalars['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in scalars else ""
+            bar.set_postfix_str(f"loss {scalars['loss']:.3f}{rate}", refresh=False)
 
     with progress.bar(total=total, initial=start, desc="training", unit=" steps", disable=not run.primary) as bar:
         for step in range(start + 1, total + 1):
@@ -200,11 +196,13 @@ def take_steps(
             if step == start + 1:
                 jax.block_until_ready(metrics)
                 meter.restart_clock()  # the first step is mostly compilation
-            if step % config.train.log_every == 0:
-                log(step)
             stopped = interrupt.agreed(step, config.train.log_every)
-            if stopped or step == total or due(config.checkpoint.every, step):
-                save(step)
+            saving = stopped or step == total or due(config.checkpoint.every, step)
+            if saving or step % config.train.log_every == 0:
+                log(step, late=not saving)  # a loss that is not finite ends the run here, before it is saved
+            if saving:
+                checkpoints.save(state, run.batches.get_state(), record)
+                meter.restart_clock()
             if stopped:
                 break
             for every, act in ((config.eval.every, run.evaluate), (config.sample.every, run.sample)):

@@ -62,5 +62,5 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     averaged = optimizer_lib.update_ema(state.ema, params, step, ema)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradient)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
     return TrainState(step, params, averaged, opt_state, state.key), metrics

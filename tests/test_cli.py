@@ -1,0 +1,44 @@
+"""Mistakes on the command line get one line, the nearest name, and exit status 2."""
+
+import sys
+
+import pytest
+from helpers import ROOT, run
+
+MAIN = [sys.executable, "-m", "duo_jax.main"]
+QUICK = [*MAIN, "--config=configs/quickstart.py", "--workdir=unused"]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([*QUICK, "--config.train.stepz=3"], "did you mean --config.train.steps?"),
+        ([*QUICK, "--config.trian.steps=3"], "did you mean --config.train.steps?"),
+        ([*QUICK, "--config.steps=3"], "did you mean --config.train.steps?"),
+        ([*QUICK, "--config.train.steps=abc"], "invalid literal for int() with base 10: 'abc'"),
+        ([*QUICK, "--config.train.steps=1.5"], "invalid literal for int()"),
+        ([*QUICK, "--config.train.lr=fast"], "could not convert string to float"),
+        ([*QUICK, "--config.train=3"], "is a group of settings"),
+        ([*QUICK, "--config.mode=trian"], "choose one of train, eval, sample"),
+        ([*QUICK, "--workdri=x"], "Did you mean: workdir"),
+        ([*QUICK, "train"], "'train' is not a flag"),
+        ([*MAIN, "--workdir=x"], "--config is missing"),
+        ([*MAIN, "--config=configs/quickstart.py"], "--workdir is missing"),
+        ([*MAIN, "--config=configs/nothing.py", "--workdir=x"], "there are configs/lm1b.py"),
+        ([*MAIN, "--config=README.md", "--workdir=x"], "is not a Python file"),
+        ([*MAIN, "--config=setup.cfg", "--workdir=x"], "no such file"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(args, expected):
+    result = run(args)
+    assert result.returncode == 2, result.stderr
+    assert expected in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (ROOT / "unused").exists()
+
+
+def test_help_is_help():
+    result = run([*MAIN, "--helpshort"])
+    assert "--config" in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr

@@ -1,0 +1,91 @@
+"""Every recipe parses, passes its checks and can be trained, without its data being there."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import ROOT
+
+from duo_jax import config as config_lib
+from duo_jax import objectives
+from duo_jax.data import tokenizers
+from duo_jax.errors import UserError
+from duo_jax.models.network import Network, count
+from duo_jax.training import optimizer, state
+
+MILLIONS = {"owt": 170, "lm1b": 139, "tiny": 34, "quickstart": 1}
+
+
+def get_config(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_a_recipe_traces(path):
+    config = get_config(path).lock()
+    config_lib.check(config)
+    network = Network.from_config(config, tokenizers.vocab_size(config.data.tokenizer, config.data.bpe_size))
+    adam = optimizer.create(config.train)
+    before = jax.eval_shape(lambda: state.create(network, adam, 0))
+    shape = (config.train.batch_size, config.model.length)
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    loss_fn = objectives.training_loss(network)
+    after, metrics = jax.eval_shape(
+        lambda s, b: state.train_step(s, b, loss_fn=loss_fn, optimizer=adam, ema=config.train.ema), before, batch
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
+    assert metrics["loss"].shape == ()
+    assert count(before.params) == pytest.approx(MILLIONS[path.stem] * 1e6, rel=0.2 if path.stem == "quickstart" else 0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "trian"}, "config.mode is 'trian'; choose one of train"),
+        ({"train.steps": 0}, "config.train.steps is 0; it must be at least 1"),
+        ({"sample.top_p": 0.0}, "config.sample.top_p"),
+        ({"model.dropout": 1.0}, "config.model.dropout"),
+        ({"algo.eps": 0.0}, "config.algo.eps"),
+        ({"model.length": 2}, "at least 3"),
+        ({"train.lr": 0.0}, "config.train.lr is 0.0; it must be positive"),
+        ({"algo.schedule": "linear"}, "choose one of log_linear, cosine"),
+        ({"mesh.data": 0}, "config.mesh.data"),
+        ({"eval.batches": -1}, "config.eval.batches"),
+    ],
+)
+def test_impossible_values_are_refused(settings, message):
+    config = config_lib.default()
+    config.update_from_flattened_dict(settings)
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"model.size": "huge"}, "choose one of nano"), ({"model.heads": 5}, "multiple of twice"), ({"model.dim": 0}, "dim is 0")],
+)
+def test_impossible_networks_are_refused(settings, message):
+    config = config_lib.default()
+    config.update_from_flattened_dict(settings)
+    with pytest.raises(UserError, match=message):
+        Network.from_config(config, 100)
+
+
+def test_what_a_resumed_run_may_change():
+    old = config_lib.default()
+    new = config_lib.default()
+    new.train.steps, new.sample.n_steps, new.mode = 5, 1, "eval"
+    assert config_lib.changed(old.to_dict(), new) == []
+    new.train.lr, new.data.source = 1e-5, "text"
+    assert config_lib.changed(old.to_dict(), new) == [
+        "config.data.source was wiki, is text",
+        "config.train.lr was 0.0003, is 1e-05",
+    ]
+    # A checkpoint from before a setting existed had its default.
+    before = old.to_dict()
+    del before["train"]["clip"]
+    assert config_lib.changed(before, config_lib.default()) == []

@@ -1,0 +1,150 @@
+"""The loop: what a run leaves behind, and that a killed run ends where one that was never killed does, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from helpers import ROOT, command, make_config, run, tiny_settings
+
+from duo_jax.errors import UserError
+from duo_jax.training import checkpoint, loop, writers
+
+
+def leaves(workdir, step):
+    """Every array of a checkpoint."""
+    items = []
+    for item in ("params", "ema", "rest"):
+        with ocp.StandardCheckpointer() as reader:
+            items.append(reader.restore(workdir / "checkpoints" / str(step) / item))
+    return jax.tree.leaves_with_path(items)
+
+
+def assert_same_state(a, b, step):
+    first, second = leaves(a, step), leaves(b, step)
+    assert len(first) == len(second) > 50
+    for (path, x), (_, y) in zip(first, second, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    rows = writers.read_jsonl(trained / "metrics.jsonl")
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses[-1] < losses[0]
+    assert {row["step"] for row in rows if "heldout/ppl" in row} == {10, 20}
+    last = rows[-1]
+    assert last["heldout/uniform_ppl"] == 300
+    assert last["heldout/ppl"] == pytest.approx(np.exp(last["heldout/nll"]))
+    assert last["heldout/bpd"] == pytest.approx(last["heldout/nll"] / np.log(2))
+    assert 20 < last["heldout/unigram_ppl"] < 250
+    assert {path.name for path in (trained / "samples").iterdir()} == {"00000010.txt", "00000020.txt"}
+    assert (trained / "perplexity.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
+    assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 20
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["15", "20"]
+    record = checkpoint.read(trained)[1]
+    assert record["network"]["vocab_size"] == 300
+
+
+def test_one_compilation_and_a_falling_loss(text_folder, tmp_path):
+    config = make_config({**tiny_settings(text_folder), "train.steps": 60, "eval.every": 0, "sample.every": 0})
+    with loop.Run.open(config, str(tmp_path)) as run_:
+        initial, step, _ = loop.compile_step(config, run_)
+        state = initial()
+        donated = state.params["head"]["kernel"]
+        losses = []
+        for _ in range(60):
+            state, metrics = step(state, loop.partition.put(next(run_.batches), run_.mesh))
+            losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1
+    assert donated.is_deleted()
+    assert np.mean(losses[-10:]) < 0.97 * np.mean(losses[:10])
+
+
+def test_killed_in_the_middle_a_run_ends_as_if_it_never_was(text_folder, tmp_path):
+    # The prefix of the longer run equals the shorter one, as nothing but the end depends on the number of steps.
+    settings = {**tiny_settings(text_folder), "eval.every": 0, "sample.every": 0, "train.steps": 300, "checkpoint.every": 20}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    loop.train(make_config(settings), str(whole))
+
+    args = command("configs/quickstart.py", killed, settings)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints").is_dir() or not ocp.utils.checkpoint_steps(killed / "checkpoints"):
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(ocp.utils.checkpoint_steps(killed / "checkpoints"))
+    assert reached < 300, "the run had ended before it could be killed"
+
+    result = run(args)
+    assert result.returncode == 0, result.stderr
+    assert f"Resuming from the checkpoint of step {reached}" in result.stdout
+    assert_same_state(whole, killed, 300)
+    steps = [row["step"] for row in writers.read_jsonl(killed / "metrics.jsonl") if "train/loss" in row]
+    assert steps == sorted(set(steps)), "steps that were taken twice are recorded once"
+
+
+def test_sigterm_saves_and_leaves_in_good_order(text_folder, tmp_path):
+    settings = {**tiny_settings(text_folder), "train.steps": 100_000, "checkpoint.every": 100_000, "eval.every": 0}
+    args = command("configs/quickstart.py", tmp_path, {**settings, "sample.every": 0, "train.log_every": 1})
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(writers.read_jsonl(tmp_path / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Stopped by SIGTERM at step" in out
+    assert "Traceback" not in err
+    saved = checkpoint.find(tmp_path)[1]
+    assert f"step {saved:,}" in out
+    # The last step that was logged is at most the one before the one saved.
+    assert max(row["step"] for row in writers.read_jsonl(tmp_path / "metrics.jsonl")) <= saved
+
+
+def test_another_runs_checkpoint_is_refused(trained, text_folder):
+    settings = {**tiny_settings(text_folder), "model.dim": 64, "train.lr": 1e-3}
+    with pytest.raises(UserError, match=r"model\.dim was 32, is 64; config\.train\.lr was 0\.003, is 0\.001"):
+        loop.train(make_config(settings), str(trained))
+
+
+def test_a_finished_run_reports_again_and_changes_nothing(trained, text_folder, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    loop.train(make_config(tiny_settings(text_folder)), str(copy))
+    assert "Done: 20 steps, 0 of them now" in capsys.readouterr().out
+    assert_same_state(trained, copy, 20)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(text_folder, tmp_path):
+    settings = {**tiny_settings(text_folder), "train.lr": 1e30, "train.warmup": 0}
+    with pytest.raises(UserError, match="not finite"):
+        loop.train(make_config(settings), str(tmp_path))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.read(tmp_path)
+
+
+def test_a_full_disk_is_named(text_folder, tmp_path, monkeypatch):
+    import errno
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match=r"disk of .* is full; .* Free some space"):
+        loop.train(make_config(tiny_settings(text_folder)), str(tmp_path))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match=r"MiB free, but two checkpoints"):
+        loop.train(make_config(tiny_settings(text_folder)), str(tmp_path / "other"))

@@ -1,0 +1,95 @@
+"""Sharding: the rule, the mesh, and the same numbers on one device and on four."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, make_config, tiny_settings
+
+from duo_jax import config as config_lib
+from duo_jax.errors import UserError
+from duo_jax.training import partition
+
+# Takes three train steps on a mesh, and prints the losses and what the largest arrays look like on the first device.
+STEPS = """
+import json, sys
+import jax, numpy as np
+from duo_jax.training import loop, partition
+from duo_jax.training.run import Run
+from helpers import make_config
+config = make_config(json.loads(sys.argv[1]))
+with Run.open(config, sys.argv[2]) as run:
+    initial, step, _ = loop.compile_step(config, run)
+    state, losses = initial(), []
+    for _ in range(3):
+        state, metrics = step(state, partition.put(next(run.batches), run.mesh))
+        losses.append(float(metrics["loss"]))
+    kernel = state.params["block_0"]["mlp_in"]["kernel"]
+    moment = jax.tree.leaves(state.opt_state[1][0].mu["block_0"]["mlp_in"]["kernel"])[0]
+    print(json.dumps({
+        "losses": losses,
+        "devices": run.mesh.size,
+        "compiled": step._cache_size(),
+        "share": [x.addressable_shards[0].data.size / x.size for x in (kernel, moment)],
+        "sum": float(sum(np.abs(np.asarray(x)).sum() for x in jax.tree.leaves(state.ema))),
+    }))
+"""
+
+
+def steps(settings, workdir, devices):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
+    args = [sys.executable, "-c", STEPS, json.dumps(settings), str(workdir)]
+    result = subprocess.run(args, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_four_devices_compute_what_one_does(text_folder, tmp_path):
+    settings = {**tiny_settings(text_folder), "model.dim": 128}
+    one = steps(settings, tmp_path, devices=1)
+    data = steps(settings, tmp_path, devices=4)
+    fsdp = steps({**settings, "mesh.fsdp": 2}, tmp_path, devices=4)
+    assert (one["devices"], data["devices"], fsdp["devices"]) == (1, 4, 4)
+    for other in (data, fsdp):
+        np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-5)
+        np.testing.assert_allclose(other["sum"], one["sum"], rtol=1e-5)
+        assert other["compiled"] == 1
+    assert one["share"] == data["share"] == [1.0, 1.0]
+    assert fsdp["share"] == [0.5, 0.5]
+
+
+def test_a_batch_or_mesh_that_does_not_divide_is_refused():
+    config = config_lib.default().mesh
+    mesh = partition.create_mesh(config)
+    partition.check_batch(mesh, "train.batch_size", mesh.size)
+    config.fsdp = 3
+    with pytest.raises(UserError, match="but there are"):
+        partition.create_mesh(config, jax.devices() * 4)
+    config.fsdp = 2
+    wide = partition.create_mesh(config, jax.devices() * 4)
+    with pytest.raises(UserError, match="is 6, which 4 devices do not divide; 8 would do"):
+        partition.check_batch(wide, "train.batch_size", 6)
+
+
+def test_only_large_arrays_are_split():
+    config = config_lib.default().mesh
+    config.fsdp = 2
+    mesh = partition.create_mesh(config, jax.devices() * 4)
+    shapes = {"big": np.zeros((512, 1024)), "odd": np.zeros((511, 1023)), "small": np.zeros((2, 4)), "step": np.zeros(())}
+    specs = {name: sharding.spec for name, sharding in partition.state_shardings(mesh, shapes).items()}
+    assert tuple(specs["big"]) == (None, "fsdp")
+    assert all(not any(specs[name]) for name in ("odd", "small", "step"))
+
+
+def test_make_config_is_locked(text_folder):
+    with pytest.raises(AttributeError):
+        make_config(tiny_settings(text_folder)).nonsense = 1
