@@ -1,0 +1,128 @@
+"""The Python door, on a trained network."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from helpers import command, run, tiny_settings
+
+import duo_jax
+from duo_jax import sampling
+from duo_jax.evaluation import likelihood
+
+
+@pytest.fixture(scope="module")
+def params(trained):
+    return duo_jax.load(trained)
+
+
+def test_load_finds_what_a_path_means(trained, params):
+    assert params.network.vocab_size == 300
+    newest = duo_jax.load(str(trained / "checkpoints" / "20"))
+    older = duo_jax.load(trained / "checkpoints" / "15")
+    raw = duo_jax.load(trained, ema=False)
+    kernel = lambda p: np.asarray(p.weights["head"]["kernel"])  # noqa: E731
+    np.testing.assert_array_equal(kernel(newest), kernel(params))
+    assert not np.array_equal(kernel(older), kernel(params))
+    assert not np.array_equal(kernel(raw), kernel(params))
+    assert len(jax.tree.leaves(params)) == len(jax.tree.leaves(params.weights))
+
+
+def test_a_path_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(duo_jax.UserError, match="does not exist"):
+        duo_jax.load(tmp_path / "nothing")
+    with pytest.raises(duo_jax.UserError, match="holds no checkpoint"):
+        duo_jax.load(tmp_path)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(duo_jax.UserError, match="no checkpoint"):
+        duo_jax.load(tmp_path / "checkpoints" / "5")
+
+
+def test_sample(params):
+    result = duo_jax.sample(params, n_steps=4, batch_size=3, seed=1)
+    assert result.tokens.shape == (3, 32)
+    assert result.tokens.dtype == np.int32
+    assert 0 <= result.tokens.min() <= result.tokens.max() < 300
+    assert len(result.text) == 3
+    assert all(isinstance(text, str) and text for text in result.text)
+    np.testing.assert_allclose(result.entropy, sampling.unigram_entropy(result.tokens))
+    assert result.network_calls == 5
+    again = duo_jax.sample(params, n_steps=4, batch_size=3, seed=1)
+    np.testing.assert_array_equal(again.tokens, result.tokens)
+    other = duo_jax.sample(params, n_steps=4, batch_size=3, seed=2)
+    assert not np.array_equal(other.tokens, result.tokens)
+    assert duo_jax.sample(params, length=20, noise_removal="greedy", top_p=0.9).tokens.shape == (1, 20)
+
+
+def test_neither_a_seed_nor_top_p_compiles_anew(params):
+    duo_jax.sample(params, n_steps=2, top_p=0.9, batch_size=2)
+    before = sampling.sample_tokens._cache_size()
+    duo_jax.sample(params, n_steps=2, top_p=0.8, batch_size=2, seed=7)
+    assert sampling.sample_tokens._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"n_steps": 0}, "at least 1 step"), ({"top_p": 0}, "top_p is 0"), ({"batch_size": 0}, "at least 1"),
+     ({"sampler": "x"}, "choose one of"), ({"noise_removal": "x"}, "choose one of")],
+)  # fmt: skip
+def test_impossible_requests_are_refused(params, kwargs, message):
+    with pytest.raises(duo_jax.UserError, match=message):
+        duo_jax.sample(params, **kwargs)
+
+
+def test_score_estimates_the_bound(params):
+    text = "The river is long and the town lies on its bank. " * 5
+    few = duo_jax.score(params, text, n_samples=8)
+    many = duo_jax.score(params, text, n_samples=64, seed=3)
+    assert few.tokens == many.tokens > 50
+    assert 0 < many.stderr < few.stderr * 1.5
+    assert abs(few.nll - many.nll) < 6 * np.hypot(few.stderr, many.stderr)
+    assert duo_jax.score(params, text, n_samples=8) == few
+    # A text of random tokens is less probable than English.
+    noise = np.random.default_rng(0).integers(0, 300, (8, 32))
+    assert duo_jax.score(params, noise, n_samples=64).nll > many.nll + 3 * many.stderr
+    assert np.isnan(duo_jax.score(params, text, n_samples=1).stderr)
+    assert duo_jax.score(params, "").tokens == 2
+
+
+def test_scores_that_cannot_be_are_refused(params):
+    with pytest.raises(duo_jax.UserError, match="at least 1 estimate"):
+        duo_jax.score(params, "text", n_samples=0)
+    with pytest.raises(duo_jax.UserError, match="token ids must lie in"):
+        duo_jax.score(params, [1, 2, 300])
+    with pytest.raises(duo_jax.UserError, match="whole numbers"):
+        duo_jax.score(params, np.zeros((2, 3)))
+
+
+def test_eval_and_sample_from_the_command_line(trained, text_folder, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir)
+    settings = tiny_settings(text_folder)
+    first = run(command("configs/quickstart.py", workdir, {**settings, "mode": "eval"}))
+    assert first.returncode == 0, first.stderr
+    assert "held-out tokens of text" in first.stdout
+    report = (workdir / "eval.json").read_text()
+    assert f"PPL {json.loads(report)['ppl']:.2f}" in first.stdout
+
+    second = run(command("configs/quickstart.py", workdir, {**settings, "mode": "sample"}))
+    assert second.returncode == 0, second.stderr
+    rows = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert rows[0]["text"] in second.stdout
+    assert rows[0]["n_steps"] == 4
+    assert len(rows[0]["tokens"]) == 32
+
+    other = run(command("configs/quickstart.py", workdir, {**settings, "mode": "sample", "model.dim": 64}))
+    assert other.returncode == 2
+    assert "dim is 64, in the checkpoint 32" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_evaluations_compare(params):
+    batches = [{"tokens": np.full((4, 32), 7, np.int32), "mask": np.ones((4, 32), np.float32)}] * 3
+    first, second = (likelihood.evaluate(params.weights, params.network, batches) for _ in range(2))
+    assert first == second
+    assert first.tokens == 3 * 4 * 32
