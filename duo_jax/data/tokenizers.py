@@ -36,8 +36,6 @@ _GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 _BERT_VOCAB = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 # How GPT-2 splits text before merging.
 _GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
 # tiktoken's regular expression overflows its stack on a run of white space of some 500,000 characters.
 _LONG_BLANK = re.compile(r"\s{100000}")
 
