@@ -52,8 +52,8 @@ def mixture_step(
     """Draws z_s given z_t with SUBS: reveals a masked token at rate (alpha_s - alpha_t)/(1 - alpha_t) (MDLM, eq. 6).
 
     keys `[...]` (one a token), logits `[..., K]`, the rest `[...]` or wider, returns int32 `[...]`. `kappa` < 1 gives
-    the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) + (1-alpha_s) mask], which also
-    masks revealed tokens again.
+    the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) + (1-alpha_s) mask], which
+    also masks revealed tokens again.
     """
     alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
     reveal = kappa * _reveal_rate(alpha_s, alpha_t) + (1.0 - kappa) * alpha_s
@@ -190,8 +190,8 @@ def d3pm_nelbo(
     """T KL(q(z_s | z_t, x) || p(z_s | z_t)) of the T-step chain with alpha = 1 - t and s = t - 1/T (D3PM, eq. 1).
 
     logits `[..., K]`, z_t and x int `[...]`, to `[...]`; only masked tokens cost. The mean over t in {1/T, ..., 1} is
-    the sum of the chain's terms; `d3pm_reconstruction` is the term at its end. The network may put mass on the mask, and
-    p(z_s | z_t) is in proportion to sum_j p_j q(z_s, z_t | x = j) (D3PM, eq. 4).
+    the sum of the chain's terms; `d3pm_reconstruction` is the term at its end. The network may put mass on the mask,
+    and p(z_s | z_t) is in proportion to sum_j p_j q(z_s, z_t | x = j) (D3PM, eq. 4).
 
     With u = alpha_s - alpha_t, r = u/(1-alpha_t) and m the mask, the divergence is
     r (log(1 + alpha_s/(1-alpha_s) p_m) - log p_x) - log(1 + p_m r/((1-alpha_s)(1 + alpha_t/(1-alpha_t) p_m))),

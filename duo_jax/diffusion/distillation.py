@@ -23,8 +23,8 @@ def trajectory_pair(
     """Draws (z_t, z_s) = (argmax w_t, argmax w_s) of one noise eps (I, alg. 1), int32 `[B, L]`: the exact joint law.
 
     x int `[B, L]`, gamma_s <= gamma_t. Dividing w by its noise scale leaves mu x + eps, mu = exp(-gamma/2): x wins
-    where mu + eps_x exceeds the largest of the other eps, and otherwise that same largest wins at both times. So three draws
-    a token are enough: eps_x, the largest of K-1 normals, and which token holds it.
+    where mu + eps_x exceeds the largest of the other eps, and otherwise that same largest wins at both times. So three
+    draws a token are enough: eps_x, the largest of K-1 normals, and which token holds it.
     """
     check_vocab_size(vocab_size)
     true_key, largest_key, id_key = jax.random.split(key, 3)

@@ -41,9 +41,9 @@ def posterior(p: jax.Array, z_t: jax.Array, alpha_s: jax.typing.ArrayLike, alpha
     """
     vocab_size = p.shape[-1]
     alpha_s, alpha_t = (per_token(alpha, z_t.shape)[..., None] for alpha in (alpha_s, alpha_t))
-    ratio = alpha_t / alpha_s
+    jump = (alpha_s - alpha_t) / alpha_s
     # Both factors carry a K, so that nothing is of order 1/K^2.
-    transition = vocab_size * ratio * jax.nn.one_hot(z_t, vocab_size, dtype=p.dtype) + (1.0 - ratio)
+    transition = vocab_size * (1.0 - jump) * jax.nn.one_hot(z_t, vocab_size, dtype=p.dtype) + jump
     marginal_s = vocab_size * alpha_s * p + (1.0 - alpha_s)
     marginal_t = vocab_size * alpha_t * take(p, z_t)[..., None] + (1.0 - alpha_t)
     return transition * marginal_s / (vocab_size * marginal_t)
@@ -181,8 +181,14 @@ def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) ->
         s_x=s_x,
         drift=per_noise * away / ((1.0 + s_i) * jnp.where(same, 1.0 + clean, 1.0)),
         d_x=jnp.where(same, 0.0, d_x),
-        log_y_x=jnp.where(same, 0.0, jnp.log1p(s_x) - jnp.log1p(s_i) - jnp.log1p(clean)),
+        log_y_x=jnp.where(same, 0.0, _log_ratio(d_x, s_x, -jnp.log1p(s_i) - jnp.log1p(clean))),
     )
+
+
+def _log_ratio(d: jax.Array, s: jax.Array, log_gain: jax.Array) -> jax.Array:
+    """log(1+d), 1+d = (1+s) exp(log_gain): from d unless that rounds to -1, since the two logarithms may cancel."""
+    direct = d > -0.9
+    return jnp.log1p(jnp.where(direct, d, s)) + jnp.where(direct, 0.0, log_gain)
 
 
 def _s_and_d(logits: jax.Array, terms: _Terms) -> tuple[jax.Array, jax.Array]:
@@ -203,11 +209,12 @@ def _nelbo_forward(
     logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array, dalpha: jax.Array
 ) -> tuple[jax.Array, tuple]:
     values = as_float(logits)
-    terms, same, others = _terms(values, z_t, x, alpha), z_t == x, _others(values, z_t, x)
+    terms = _terms(values, z_t, x, alpha)
     s, d = _s_and_d(values, terms)
-    # log(gain) by log1p where gain >= 1; where it is 1 / (1 + s_i), gain - 1 may have rounded to -1.
-    log_gain = jnp.where(same, jnp.log1p(jnp.maximum(terms.gain_minus_1, 0.0)), -jnp.log1p(terms.s_i))
-    gaps = jnp.sum(jnp.where(others, excess(d, jnp.log1p(s) + log_gain[..., None]), 0.0), axis=-1)
+    # Where z_t = x the gain is at least 1 and so is every y, and this is not looked at.
+    log_gain = -jnp.log1p(terms.s_i)[..., None]
+    gaps = excess(d, _log_ratio(d, s, log_gain))
+    gaps = jnp.sum(jnp.where(_others(values, z_t, x), gaps, 0.0), axis=-1)
     bound = terms.rate * gaps + (1.0 + terms.clean) * excess(terms.d_x, terms.log_y_x)
     scale = -dalpha / (values.shape[-1] * jnp.maximum(alpha, _MIN_SIGNAL))
     return scale * bound, (logits, z_t, x, alpha, dalpha, terms, gaps, bound)

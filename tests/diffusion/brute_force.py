@@ -1,4 +1,4 @@
-"""What the tests compare with: the published formulas in extended precision on the host, enumeration, and chi-square."""
+"""What the tests compare with: the published formulas in extended precision, enumeration, and chi-square."""
 
 import numpy as np
 from scipy import special, stats
