@@ -45,11 +45,11 @@ def _nodes(vocab_size: int) -> tuple[np.ndarray, ...]:
     # The integrands are analytic and vanish at both ends, so that the trapezoid rule converges exponentially: halving
     # this step moves nothing above 1e-13. The upper end covers the derivative's peak near mu/2 until float32 ends.
     step = 1.0 / 16.0
-    z = np.arange(-9.0, 14.0, step)
+    z = np.arange(-9.0, 18.0, step)
     log_weight = (
         math.log(vocab_size * step / math.sqrt(2.0 * math.pi)) - 0.5 * z**2 + (vocab_size - 2) * log_ndtr_exact(z)
     )
-    kept = log_weight > -130.0
+    kept = log_weight > -170.0
     z, log_weight = z[kept], log_weight[kept]
     return z, log_weight, np.exp(log_ndtr_exact(-np.abs(z)))
 

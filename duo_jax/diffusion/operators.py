@@ -94,7 +94,10 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Polynomial:
-    """alpha = sum_n c_n t^n with t = (gamma - gamma_min) / (gamma_max - gamma_min) in [0, 1]."""
+    """alpha = sum_n c_n (2t - 1)^n with t = (gamma - gamma_min) / (gamma_max - gamma_min) in [0, 1].
+
+    Centred, because the coefficients in powers of t itself are large and alternate in sign, which float32 cannot add.
+    """
 
     gamma_min: float
     gamma_max: float
@@ -102,12 +105,13 @@ class Polynomial:
 
     def alpha(self, gamma: jax.typing.ArrayLike) -> jax.Array:
         """The fitted T(gamma), same shape as gamma."""
-        return jnp.polyval(jnp.array(self.coefficients[::-1]), _time(gamma, self))
+        return jnp.polyval(jnp.array(self.coefficients[::-1]), 2.0 * _time(gamma, self) - 1.0)
 
     def dalpha(self, gamma: jax.typing.ArrayLike) -> jax.Array:
         """Its derivative in gamma, same shape as gamma."""
-        slopes = [n * c for n, c in enumerate(self.coefficients)][1:]
-        return jnp.polyval(jnp.array(slopes[::-1]), _time(gamma, self)) / (self.gamma_max - self.gamma_min)
+        slopes = [2.0 * n * c for n, c in enumerate(self.coefficients)][1:]
+        slope = jnp.polyval(jnp.array(slopes[::-1]), 2.0 * _time(gamma, self) - 1.0)
+        return slope / (self.gamma_max - self.gamma_min)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +149,7 @@ def _sigmoid_curve(t: jax.Array, coefficients: tuple[float, ...], tanh: Callable
 
 
 def _fit_polynomial(degree: int, t: np.ndarray, target: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(c) for c in np.polynomial.Polynomial.fit(t, target, degree).convert().coef)
+    return tuple(float(c) for c in np.polynomial.polynomial.polyfit(2.0 * t - 1.0, target, degree))
 
 
 def _fit_sigmoid(t: np.ndarray, target: np.ndarray, *, edges: bool) -> tuple[float, ...]:

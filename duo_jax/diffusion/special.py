@@ -16,7 +16,7 @@ def excess(d: jax.Array, log_ratio: jax.Array) -> jax.Array:
     """
     w = d / (2.0 + d)
     w2 = w * w
-    near_zero = w * (d - 2.0 * w2 * (1.0 / 3.0 + w2 * (1.0 / 5.0 + w2 / 7.0)))
+    near_zero = w * (d - 2.0 * w2 * (1.0 / 3.0 + w2 * (1.0 / 5.0 + w2 * (1.0 / 7.0 + w2 * (1.0 / 9.0 + w2 / 11.0)))))
     return jnp.where(jnp.abs(d) < 0.3, near_zero, d - log_ratio)
 
 

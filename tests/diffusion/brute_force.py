@@ -43,7 +43,8 @@ def exact_operator(gamma, k):
     others = np.exp((k - 1) * special.log_ndtr(z))
     plain = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi) / 128
     win_minus_chance = ((phi - plain) * others).sum(-1)
-    slope = ((z - mu) * phi * others).sum(-1)  # d P / d mu
+    # d P / d mu under the integral of the definition: E[(K-1) Phi(z)^(K-2) phi(z)] at z = mu + u.
+    slope = (phi * (k - 1) * np.exp((k - 2) * special.log_ndtr(z) - 0.5 * z**2) / np.sqrt(2 * np.pi)).sum(-1)
     return k / (k - 1) * win_minus_chance, -0.5 * mu[:, 0] * k / (k - 1) * slope
 
 
