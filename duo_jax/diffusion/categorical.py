@@ -112,12 +112,15 @@ def _cut_tail(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 IMPOSSIBLE = -1e6
 
 
+def _ids(logits: jax.Array) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+
 def without(logits: jax.Array, banned: int | None) -> jax.Array:
     """The logits `[..., K]` with the token `banned` made impossible; None bans nothing."""
     if banned is None:
         return logits
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jnp.where(ids == banned, jnp.asarray(IMPOSSIBLE, logits.dtype), logits)
+    return jnp.where(_ids(logits) == banned, jnp.asarray(IMPOSSIBLE, logits.dtype), logits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -131,18 +134,24 @@ def nll(logits: jax.Array, x: jax.Array, banned: int | None = None) -> jax.Array
 
 def _nll_forward(logits: jax.Array, x: jax.Array, banned: int | None) -> tuple[jax.Array, tuple]:
     values = without(as_float(logits), banned)
-    # Relative to the largest first, so that a confident network's small loss keeps its digits.
     top = jnp.max(values, axis=-1)
-    log_total = jnp.log(jnp.sum(jnp.exp(values - top[..., None]), axis=-1))
-    return log_total - (take(values, x) - top), (logits, x, top, log_total)
+    depth = take(values, x) - top
+    terms = jnp.where(_ids(logits) == x[..., None], 0.0, jnp.exp(values - top[..., None]))
+    rest, own = jnp.sum(terms, axis=-1), jnp.exp(depth)
+    # Where x is likely, from the mass of the others: log(total) would round a confident network's small loss away.
+    likely = own > 0.1
+    loss = jnp.where(likely, jnp.log1p(rest / jnp.where(likely, own, 1.0)), jnp.log(rest + own) - depth)
+    return loss, (logits, x, top, rest, own)
 
 
 def _nll_backward(banned: int | None, residuals: tuple, cotangent: jax.Array) -> tuple:
-    logits, x, top, log_total = residuals
-    p = jnp.exp(without(as_float(logits), banned) - top[..., None] - log_total[..., None])
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    hit = (ids == x[..., None]) & (ids != (-1 if banned is None else banned))
-    return ((cotangent[..., None] * (p - hit)).astype(logits.dtype), None)
+    logits, x, top, rest, own = residuals
+    scale = cotangent / (rest + own)
+    slope = scale[..., None] * jnp.exp(without(as_float(logits), banned) - top[..., None])
+    slope = jnp.where(_ids(logits) == x[..., None], -(scale * rest)[..., None], slope)
+    if banned is not None:
+        slope = jnp.where(_ids(logits) == banned, 0.0, slope)
+    return slope.astype(logits.dtype), None
 
 
 nll.defvjp(_nll_forward, _nll_backward)

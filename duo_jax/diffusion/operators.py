@@ -193,6 +193,18 @@ def _exact_on_host(gamma: np.ndarray, vocab_size: int) -> np.ndarray:
     return (vocab_size * win - 1.0) / (vocab_size - 1.0)
 
 
+def inverse(alpha: float, vocab_size: int) -> float:
+    """The gamma at which T(gamma) = alpha, by bisection on the host in float64; alpha in (0, 1)."""
+    check_vocab_size(vocab_size)
+    if not 0.0 < alpha < 1.0:
+        raise UserError(f"no gamma gives the signal level alpha = {alpha}; it must lie strictly between 0 and 1")
+    low, high = -12.0, 30.0  # T falls from 1 to next to 0 in between, for any vocabulary
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if _exact_on_host(np.array([middle]), vocab_size)[0] > alpha else (low, middle)
+    return 0.5 * (low + high)
+
+
 NAMES = ("exact", "series", "sigmoid", "sigmoid-edge-corrected", "poly3", "poly5", "poly7", "poly9")
 
 
