@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     """Returns the recipe of `default()` with LM1B's text, tokenizer and length."""
     config = base.default()
     config.model.length = 128
+    config.algo.gamma_min, config.algo.gamma_max = -3.5, -1.75
     config.data.source = "lm1b"
     config.data.tokenizer = "bert-base-uncased"
     return config

@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     config = base.default()
     config.data.source = "openwebtext"
     config.data.tokenizer = "gpt2"
+    config.algo.gamma_min, config.algo.gamma_max = -3.55, -1.85
     return config

@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
     config = base.default()
     config.model.size = "tiny"
     config.model.length = 512
+    config.algo.gamma_min, config.algo.gamma_max = -3.55, -1.85
+    config.algo.curriculum.end = 25_000
     config.data.source = "openwebtext"
     config.data.tokenizer = "gpt2"
     config.train.steps = 50_000

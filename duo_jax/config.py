@@ -13,6 +13,14 @@ The knobs that papers rarely explain:
 * **EMA**: the average of the parameters over about `1/(1-ema)` steps; evaluation and sampling use it. It warms up as
   `min(ema, (1+n)/(10+n))`, so short runs may keep the long-run value, but a run much shorter than `1/(1-ema)` steps is
   better off with a smaller one (0.999 for 5,000 steps).
+* **gamma range**: Duo's curriculum and distillation run on the Gaussian side, where gamma_t moves from `gamma_min` to
+  `gamma_max` and alpha_t = T(gamma_t) falls; T depends on the vocabulary's size. The paper's [-3.55, -1.85] at K = 50,257
+  means alpha from 0.945 to 0.049: what lies outside is nearly clean or nearly noise and teaches little. Left empty, the
+  range is found for the vocabulary from `alpha_max` and `alpha_min`.
+* **tau**: in the curriculum the network reads softmax(w_t / tau) in place of the one-hot argmax. The larger tau, the
+  easier the task and the further it is from the real one; at 1e-3 only near ties are visible.
+* **T, dt**: distillation compares the network at times t and t - dt. dt starts at 1/T (`n_steps` = 512) and doubles every
+  `round_length` steps, so one round teaches steps twice as long as the one before; the teacher is renewed with it.
 * **noise removal**: what happens at the end of sampling, when a little noise is left: `ancestral` draws from the
   posterior at `alpha = 1`, `greedy` takes the most probable token (cleaner and less diverse), `none` leaves it as it is.
 """
@@ -27,13 +35,15 @@ from ml_collections import ConfigDict, config_dict
 from duo_jax.errors import UserError
 
 MODES = ("train", "eval", "sample")
-ALGORITHMS = ("duo_base",)
+ALGORITHMS = ("duo", "duo_base", "dcd", "mdlm", "sedd", "d3pm", "ar")
+OPERATORS = ("exact", "series", "sigmoid", "sigmoid-edge-corrected", "poly3", "poly5", "poly7", "poly9")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 # What a run may change when it goes on from a checkpoint; all else must be as it was, or it is another run.
 FREE_ON_RESUME = (
-    "mode", "train.steps", "train.log_every", "eval", "sample", "checkpoint", "mesh", "data.dir", "data.path", "data.workers",
-    "model.head_mib", "model.attention",
+    "mode", "train.steps", "train.log_every", "eval", "sample", "checkpoint", "mesh", "data.dir",
+    "data.path", "data.workers", "model.head_mib",
+    "model.attention", "init_from",
 )  # fmt: skip
 
 
@@ -44,11 +54,38 @@ def default() -> ConfigDict:
     config.seed = 0  # seeds initialisation, data order, noise and dropout
     config.precision = "auto"  # compute in the blocks: float32 | bfloat16 | auto (by device); parameters are float32
 
+    config.init_from = ""  # a workdir or checkpoint whose EMA weights training starts from; needed by dcd
+
     config.algo = ConfigDict()
-    config.algo.name = "duo_base"  # duo_base: the discrete NELBO throughout
+    # duo: curriculum, then the discrete NELBO | duo_base: the discrete NELBO throughout | dcd: few-step distillation of a
+    # trained Duo (see init_from) | baselines: mdlm, sedd, d3pm (absorbing state), ar (autoregressive)
+    config.algo.name = "duo"
     config.algo.schedule = "log_linear"  # alpha_t: log_linear | cosine
     config.algo.eps = 1e-3  # alpha at t = 1
     config.algo.eps_t = 1e-3  # smallest t drawn in training and evaluation
+    config.algo.gamma_min = config_dict.placeholder(float)  # range of gamma_t; empty: found from alpha_max, alpha_min
+    config.algo.gamma_max = config_dict.placeholder(float)
+    config.algo.alpha_max = 0.945
+    config.algo.alpha_min = 0.049
+    config.algo.operator = "exact"  # T(gamma): exact | series | sigmoid | sigmoid-edge-corrected | poly3 | 5 | 7 | 9
+    config.algo.d3pm_steps = 1_000  # T of D3PM's chain
+
+    config.algo.curriculum = ConfigDict()  # of duo
+    config.algo.curriculum.kind = "full"  # full: the whole softmax (paper I) | topk: its k largest entries (paper II)
+    config.algo.curriculum.start = 0  # steps between which tau anneals
+    config.algo.curriculum.end = 500_000  # from here on the discrete NELBO
+    config.algo.curriculum.tau_log10_start = -3.0
+    config.algo.curriculum.tau_log10_end = -3.0
+    config.algo.curriculum.k = 5  # of topk
+
+    config.algo.distillation = ConfigDict()  # of dcd
+    config.algo.distillation.dt = "doubling"  # doubling: 2^round / T | linear: from dt_start to dt_end over all steps
+    config.algo.distillation.round_length = 10_000  # steps after which the teacher is renewed
+    config.algo.distillation.n_steps = 512  # T
+    config.algo.distillation.dt_start = 1e-3
+    config.algo.distillation.dt_end = 0.25
+    config.algo.distillation.kl = "backward"  # backward: KL(student || teacher) | forward: KL(teacher || student)
+    config.algo.distillation.teacher = "ema"  # what the teacher becomes at each round: ema | student
 
     config.model = ConfigDict()
     config.model.size = "small"  # nano | tiny | small | medium; the four below override what the size says
@@ -148,12 +185,19 @@ def check(config: ConfigDict) -> None:
     _one_of("precision", config.precision, PRECISIONS)
     _one_of("algo.name", config.algo.name, ALGORITHMS)
     _one_of("algo.schedule", config.algo.schedule, ("log_linear", "cosine"))
+    _one_of("algo.operator", config.algo.operator, OPERATORS)
+    _one_of("algo.curriculum.kind", config.algo.curriculum.kind, ("full", "topk"))
+    _one_of("algo.distillation.dt", config.algo.distillation.dt, ("doubling", "linear"))
+    _one_of("algo.distillation.kl", config.algo.distillation.kl, ("backward", "forward"))
+    _one_of("algo.distillation.teacher", config.algo.distillation.teacher, ("ema", "student"))
     _one_of("model.attention", config.model.attention, ("auto", "xla", "cudnn"))
     _one_of("data.packing", config.data.packing, ("packed", "padded"))
     _one_of("sample.sampler", config.sample.sampler, ("ancestral",))
     _one_of("sample.noise_removal", config.sample.noise_removal, ("ancestral", "greedy", "none"))
     for name in ("train.steps", "train.batch_size", "train.log_every", "eval.batch_size", "sample.n_steps",
-                 "sample.batch_size", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib"):  # fmt: skip
+                 "sample.batch_size", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib",
+                 "algo.curriculum.k", "algo.d3pm_steps", "algo.distillation.round_length",
+                 "algo.distillation.n_steps"):  # fmt: skip
         if flatten(config)[name] < 1:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be at least 1.")
     for name in ("train.warmup", "eval.every", "eval.batches", "sample.every", "train.weight_decay", "data.workers"):
@@ -170,6 +214,10 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be positive.")
     if not 0 < config.sample.top_p <= 1:
         raise UserError(f"config.sample.top_p is {config.sample.top_p}; it must be in (0, 1], where 1 keeps every token.")
+    if config.algo.curriculum.end < config.algo.curriculum.start:
+        raise UserError("config.algo.curriculum.end lies before config.algo.curriculum.start; give steps in order.")
+    if config.mode == "train" and config.algo.name == "dcd" and not config.init_from:
+        raise UserError("config.algo.name is 'dcd', which distils a trained network; give its workdir as config.init_from.")
     if config.model.length < 3:
         raise UserError(f"config.model.length is {config.model.length}; a row needs BOS, EOS and a token: at least 3.")
     if config.mesh.data == 0 or config.mesh.data < -1:

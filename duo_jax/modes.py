@@ -27,7 +27,7 @@ def _load(config: ConfigDict, workdir: str) -> Params:
         UserError: the config describes another network than the checkpoint's.
     """
     params, _ = checkpoint.read(workdir)
-    wanted = Network.from_config(config, params.network.vocab_size)
+    wanted = Network.from_config(config, params.network.vocab_size, params.network.mask_id)
     same = dataclasses.replace(wanted, **{name: getattr(params.network, name) for name in _HOW})
     if same != params.network:
         have, want = dataclasses.asdict(params.network), dataclasses.asdict(same)

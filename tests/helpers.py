@@ -27,7 +27,7 @@ def write_text(folder: Path, documents: int = 400) -> Path:
 def tiny_settings(folder: Path) -> dict:
     """Returns the settings that make a run tiny; `folder` holds `text.jsonl` and takes the shards."""
     return {
-        "precision": "float32",
+        "precision": "float32", "algo.name": "duo_base",
         "model.size": "nano", "model.dim": 32, "model.blocks": 2, "model.heads": 2, "model.cond_dim": 16,
         "model.length": 32, "model.dropout": 0.1,
         "data.source": "text", "data.path": str(folder / "text.jsonl"), "data.dir": str(folder / "shards"),

@@ -33,9 +33,9 @@ def test_a_recipe_traces(path):
     before = jax.eval_shape(lambda: state.create(network, adam, 0))
     shape = (config.train.batch_size, config.model.length)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), "mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
-    loss_fn = objectives.training_loss(network)
+    make_loss = objectives.training_loss(config, network)
     after, metrics = jax.eval_shape(
-        lambda s, b: state.train_step(s, b, loss_fn=loss_fn, optimizer=adam, ema=config.train.ema), before, batch
+        lambda s, b: state.train_step(s, b, make_loss=make_loss, optimizer=adam, ema=config.train.ema), before, batch
     )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
     assert metrics["loss"].shape == ()

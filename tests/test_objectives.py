@@ -16,7 +16,7 @@ VOCAB = 53
 
 
 def network(**kwargs):
-    base = {"algo": "duo_base", "vocab_size": VOCAB, "length": 16, "dim": 64, "blocks": 2, "heads": 4, "cond_dim": 32,
+    base = {"algo": "duo_base", "vocab_size": VOCAB, "mask_id": VOCAB - 1, "length": 16, "dim": 64, "blocks": 2, "heads": 4, "cond_dim": 32,
             "dropout": 0.0, "precision": "float32"}  # fmt: skip
     return Network(**{**base, **kwargs})
 
@@ -53,7 +53,7 @@ def test_an_untrained_networks_loss_is_the_uniform_one():
     net = network(vocab_size=10, length=64)
     weights = net.init(jax.random.key(0))
     batch = {"tokens": jax.random.randint(jax.random.key(1), (512, 64), 0, 10), "mask": jnp.ones((512, 64))}
-    loss, aux = jax.jit(objectives.training_loss(net))(weights, batch, jax.random.key(2), 0)
+    loss, aux = jax.jit(objectives.evaluation_loss(net))(weights, batch, jax.random.key(2), 0)
     assert aux["tokens"] == 512 * 64
     np.testing.assert_allclose(loss, np.log(10), rtol=0.02)
     np.testing.assert_allclose(aux["nll"] / aux["tokens"], loss, rtol=1e-6)

@@ -147,30 +147,28 @@ class DiT(nn.Module):
             self.modulation_final = Modulation(2, self.dim, self.dtype)
         self.head = nn.Dense(self.vocab_size, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
-    def hidden(
-        self,
-        inputs: jax.Array,
-        sigma: jax.Array | None,
-        weights: jax.Array | None = None,
-        *,
-        train: bool = False,
-    ) -> jax.Array:
-        """Returns what the vocabulary head reads, `[B, L, D]` float32.
+    def embedded(self, inputs: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+        """Returns the residual stream's start `[B, L, D]`, float32.
 
         Args:
             inputs: token ids `[B, L]`; or relaxed logits `[B, L, K]` (float), whose softmax mixes embedding rows; or ids
                 `[B, L, k]` with `weights`.
-            sigma: noise level -log(alpha_t), `[B]`; None without adaLN.
             weights: `[B, L, k]`, the share of each of the k embedding rows.
-            train: whether dropout acts; it then needs an rng named `dropout`.
         """
         if weights is not None:
-            x = jnp.einsum("blk,blkd->bld", weights.astype(jnp.float32), self.embed(inputs))
-        elif jnp.issubdtype(inputs.dtype, jnp.floating):
-            x = jax.nn.softmax(inputs.astype(jnp.float32), axis=-1) @ self.embed.embedding
-        else:
-            x = self.embed(inputs)
+            return jnp.einsum("blk,blkd->bld", weights.astype(jnp.float32), self.embed(inputs))
+        if jnp.issubdtype(inputs.dtype, jnp.floating):
+            return jax.nn.softmax(inputs.astype(jnp.float32), axis=-1) @ self.embed.embedding
+        return self.embed(inputs)
 
+    def hidden(self, x: jax.Array, sigma: jax.Array | None, *, train: bool = False) -> jax.Array:
+        """Returns what the vocabulary head reads, `[B, L, D]` float32.
+
+        Args:
+            x: what `embedded` returned.
+            sigma: noise level -log(alpha_t), `[B]`; None without adaLN.
+            train: whether dropout acts; it then needs an rng named `dropout`.
+        """
         cond = None
         if self.adaln:
             cond = nn.silu(self.time_out(nn.silu(self.time_in(time_features(sigma)))))
@@ -191,5 +189,5 @@ class DiT(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Returns logits `[B, L, K]` float32; for small vocabularies and tests, as it holds them all at once."""
-        return self.head(self.hidden(inputs, sigma, weights, train=train)).astype(jnp.float32)
+        """Returns logits `[B, L, K]` float32, all at once; see `embedded` and `hidden` for the arguments."""
+        return self.head(self.hidden(self.embedded(inputs, weights), sigma, train=train)).astype(jnp.float32)

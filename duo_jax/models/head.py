@@ -1,8 +1,7 @@
-"""The vocabulary head, visited in chunks of tokens so that no `[B, L, K]` array exists at K = 50k.
+"""The vocabulary head, applied in chunks of tokens so that no `[B, L, K]` array exists at K = 50k.
 
 A float32 `[B, L, K]` takes 6.1 GiB at B = 32, L = 1024, K = 50,258. Losses and samplers need only a few numbers per
-token from it, so they hand a function of one chunk's logits to `visit`, which computes the logits chunk by chunk and again
-in the backward pass.
+token from it: they are functions of one chunk's logits, which are computed chunk by chunk and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -31,35 +30,20 @@ def logits(hidden: jax.Array, head: dict[str, jax.Array], dtype: jnp.dtype) -> j
     return product + head["bias"]
 
 
-def visit(
-    fn: Callable[..., Any],
-    hidden: jax.Array,
-    head: dict[str, jax.Array],
-    *per_token: Any,
-    dtype: jnp.dtype,
-    chunk: int,
-) -> Any:
-    """Returns `fn(logits [B, L, K], *per_token)` without ever holding all the logits.
+def in_chunks(fn: Callable[..., Any], *per_token: Any, chunk: int) -> Any:
+    """Returns `fn(*per_token)` by calling it on `chunk` positions of every row at a time, again in the backward pass.
 
     Chunks run along the length, so a batch that is split over devices stays split.
 
     Args:
-        fn: maps `(logits [B, l, K] float32, *args [B, l, ...])` to a pytree of `[B, l, ...]`, each token by itself.
-        hidden: `[B, L, D]`.
-        head: `kernel [D, K]` and `bias [K]`.
-        *per_token: pytrees of `[B, L, ...]`, cut as the tokens are.
-        dtype: compute type of the product.
-        chunk: positions of every row that are visited at once; see `chunk_length`.
+        fn: maps pytrees of `[B, l, ...]` to a pytree of `[B, l, ...]`, each token by itself.
+        *per_token: pytrees of `[B, L, ...]`.
+        chunk: l; see `chunk_length`.
     """
-
-    def piece(args: tuple[Any, ...]) -> Any:
-        hidden, *rest = args
-        return fn(logits(hidden, head, dtype), *rest)
-
-    length = hidden.shape[1]
+    length = jax.tree.leaves(per_token)[0].shape[1]
     chunks = -(-length // chunk)
     if chunks == 1:
-        return piece((hidden, *per_token))
+        return fn(*per_token)
 
     # The last chunk is filled up with copies of the last position, whose results are dropped.
     source = jnp.minimum(jnp.arange(chunks * chunk), length - 1)
@@ -72,5 +56,5 @@ def visit(
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], chunks * chunk, *x.shape[3:])[:, :length]
 
-    out = jax.lax.map(jax.checkpoint(piece), jax.tree.map(cut, (hidden, *per_token)))
+    out = jax.lax.map(jax.checkpoint(lambda args: fn(*args)), jax.tree.map(cut, per_token))
     return jax.tree.map(join, out)

@@ -12,10 +12,11 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from duo_jax.errors import UserError
-from duo_jax.models import head as head_lib
+from duo_jax.models import head
 from duo_jax.models.dit import DiT
 
 # predict(inputs, sigma [B], visitor, *per_token) -> visitor(logits [B, L, K], *per_token), possibly chunk by chunk.
+Weights = dict[str, Any]
 Visitor = Callable[..., Any]
 Predict = Callable[..., Any]
 
@@ -34,6 +35,7 @@ class Network:
 
     algo: str
     vocab_size: int
+    mask_id: int
     length: int
     dim: int
     blocks: int
@@ -43,13 +45,19 @@ class Network:
     schedule: str = "log_linear"
     eps: float = 1e-3
     eps_t: float = 1e-3
+    d3pm_steps: int = 1000
     precision: str = "auto"
     attention: str = "auto"
     head_mib: int = 256
 
     @classmethod
-    def from_config(cls, config: ConfigDict, vocab_size: int) -> Network:
+    def from_config(cls, config: ConfigDict, vocab_size: int, mask_id: int | None = None) -> Network:
         """Returns the network a config describes.
+
+        Args:
+            config: all of it.
+            vocab_size: K, the tokenizer's, special ids included.
+            mask_id: the tokenizer's id that absorbing-state algorithms mask with; the last one if None.
 
         Raises:
             UserError: an unknown size, or a width that the heads do not divide.
@@ -72,6 +80,7 @@ class Network:
         return cls(
             algo=config.algo.name,
             vocab_size=vocab_size,
+            mask_id=vocab_size - 1 if mask_id is None else mask_id,
             length=model.length,
             dim=dim,
             blocks=blocks,
@@ -81,6 +90,7 @@ class Network:
             schedule=config.algo.schedule,
             eps=config.algo.eps,
             eps_t=config.algo.eps_t,
+            d3pm_steps=config.algo.d3pm_steps,
             precision=config.precision,
             attention=model.attention,
             head_mib=model.head_mib,
@@ -93,7 +103,8 @@ class Network:
 
     @property
     def module(self) -> DiT:
-        """The Flax module."""
+        """The Flax module; the autoregressive baseline is causal and knows no noise level."""
+        autoregressive = self.algo == "ar"
         return DiT(
             vocab_size=self.vocab_size,
             dim=self.dim,
@@ -101,39 +112,58 @@ class Network:
             heads=self.heads,
             cond_dim=self.cond_dim,
             dropout=self.dropout,
+            causal=autoregressive,
+            adaln=not autoregressive,
             dtype=self.dtype,
             attention=self.attention,
         )
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
+    def init(self, key: jax.Array) -> Weights:
         """Returns fresh float32 weights."""
-        tokens = jnp.zeros((1, 8), jnp.int32)
-        return self.module.init(key, tokens, jnp.zeros((1,)))["params"]
+        return self.module.init(key, jnp.zeros((1, 8), jnp.int32), jnp.zeros((1,)))["params"]
 
-    def predict(
-        self, weights: dict[str, Any], *, dropout_key: jax.Array | None = None, shards: int = 1
-    ) -> Predict:
+    def embed(self, weights: Weights, inputs: jax.Array, mix: jax.Array | None = None) -> jax.Array:
+        """Returns `DiT.embedded`, `[B, L, D]`."""
+        return self.module.apply({"params": weights}, inputs, mix, method=DiT.embedded)
+
+    def hidden(
+        self, weights: Weights, x: jax.Array, sigma: jax.Array | None, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns `DiT.hidden` of the embedded `x [B, L, D]`; a `dropout_key` makes dropout act, as in training."""
+        train = dropout_key is not None
+        rngs = {"dropout": dropout_key} if train else None
+        return self.module.apply({"params": weights}, x, sigma, train=train, rngs=rngs, method=DiT.hidden)
+
+    def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:
+        """Returns logits `[..., K]` float32 of `hidden [..., D]`."""
+        return head.logits(hidden, weights["head"], self.dtype)
+
+    def chunk(self, batch: int, shards: int, *, networks: int = 1) -> int:
+        """Returns the chunk for `head.in_chunks`, for a batch over `shards` devices and so many networks' logits."""
+        return head.chunk_length(networks * -(-batch // shards), self.length, self.vocab_size, self.head_mib)
+
+    def predict(self, weights: Weights, *, dropout_key: jax.Array | None = None, shards: int = 1) -> Predict:
         """Returns the denoiser as a function `predict(inputs, sigma, visitor, *per_token)`.
 
-        `visitor(logits [B, l, K], *per_token [B, l, ...])` says what is wanted of each token's logits; it is called on
-        chunks of the length, so the logits of a whole batch never exist at once.
+        `inputs` are token ids `[B, L]` or an embedded `[B, L, D]` (float); `visitor(logits [B, l, K], *per_token
+        [B, l, ...])` says what is wanted of each token's logits. It is called on chunks of the length, so the logits of a
+        whole batch never exist at once.
 
         Args:
             weights: the network's parameters.
             dropout_key: makes dropout act, as in training.
             shards: how many devices the batch is split over, for the size of a chunk.
         """
-        train = dropout_key is not None
-        rngs = {"dropout": dropout_key} if train else None
 
-        def predict(inputs: Any, sigma: jax.Array, visitor: Visitor, *per_token: Any) -> Any:
-            inputs, mix = inputs if isinstance(inputs, tuple) else (inputs, None)
-            hidden = self.module.apply(
-                {"params": weights}, inputs, sigma, mix, train=train, rngs=rngs, method=DiT.hidden
+        def predict(inputs: jax.Array, sigma: jax.Array | None, visitor: Visitor, *per_token: Any) -> Any:
+            x = inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else self.embed(weights, inputs)
+            hidden = self.hidden(weights, x, sigma, dropout_key)
+            return head.in_chunks(
+                lambda hidden, *rest: visitor(self.logits(weights, hidden), *rest),
+                hidden,
+                *per_token,
+                chunk=self.chunk(x.shape[0], shards),
             )
-            batch, length = hidden.shape[:2]
-            chunk = head_lib.chunk_length(-(-batch // shards), length, self.vocab_size, self.head_mib)
-            return head_lib.visit(visitor, hidden, weights["head"], *per_token, dtype=self.dtype, chunk=chunk)
 
         return predict
 
@@ -148,7 +178,7 @@ class Params:
         tokenizer: a name (`gpt2`) or the folder where the tokenizer is saved, static.
     """
 
-    weights: dict[str, Any]
+    weights: Weights
     network: Network = struct.field(pytree_node=False)
     tokenizer: str = struct.field(pytree_node=False)
 
@@ -167,6 +197,6 @@ def compute_dtype(precision: str) -> jnp.dtype:
     return jnp.dtype(jnp.float32)
 
 
-def count(weights: dict[str, Any]) -> int:
+def count(weights: Weights) -> int:
     """Returns the number of parameters; shapes are enough."""
     return sum(int(x.size) for x in jax.tree.leaves(weights))

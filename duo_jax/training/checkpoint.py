@@ -38,6 +38,11 @@ def _full_disk(error: BaseException) -> bool:
     return False
 
 
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint keeps beside the weights."""
+    return {"step": state.step, "opt_state": state.opt_state, "key": state.key, "teacher": state.teacher}
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -86,7 +91,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             ema=ocp.args.StandardSave(state.ema),
-            rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state, "key": state.key}),
+            rest=ocp.args.StandardSave(_rest(state)),
             data=ocp.args.JsonSave(data),
             record=ocp.args.JsonSave(record),
         )
@@ -101,7 +106,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(like.params),
             ema=ocp.args.StandardRestore(like.ema),
-            rest=ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state, "key": like.key}),
+            rest=ocp.args.StandardRestore(_rest(like)),
             data=ocp.args.JsonRestore(),
         )
         got = self._manager.restore(step, args=items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -21,7 +22,7 @@ from duo_jax.training import partition
 from duo_jax.training.checkpoint import Checkpoints
 from duo_jax.training.checkpoint import record as checkpoint_record
 from duo_jax.training.run import Run
-from duo_jax.training.state import TrainState, create, train_step
+from duo_jax.training.state import TrainState, create, renew_teacher, train_step
 
 
 class Interrupt:
@@ -105,27 +106,30 @@ class Meter:
 def compile_step(config: ConfigDict, run: Run) -> tuple[Any, Any, Any]:
     """Returns the jitted initialiser and train step, and the state's shapes with their shardings.
 
-    The step takes `(state, batch)`, gives `(state, metrics)` and reuses the memory of the state it was given.
+    The initialiser takes weights to start from, or None for fresh ones. The step takes `(state, batch)`, gives `(state,
+    metrics)` and reuses the memory of the state it was given.
     """
     optimizer = optimizer_lib.create(config.train)
-    loss_fn = objectives.training_loss(run.network, shards=run.mesh.size)
+    settings: dict[str, Any] = {
+        "make_loss": objectives.training_loss(config, run.network, shards=run.mesh.size),
+        "optimizer": optimizer,
+        "ema": config.train.ema,
+    }
+    if run.network.algo == "dcd":
+        distil = config.algo.distillation
+        settings["new_teacher"] = functools.partial(renew_teacher, every=distil.round_length, source=distil.teacher)
 
-    def initial() -> TrainState:
-        return create(run.network, optimizer, config.seed)
-
-    def step(state: TrainState, batch: objectives.Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, ema=config.train.ema)
-
+    initial = functools.partial(create, run.network, optimizer, config.seed)
     shapes = jax.eval_shape(initial)
     shardings = partition.state_shardings(run.mesh, shapes)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    metrics = partition.replicated(run.mesh)
-    batch = partition.batch_sharding(run.mesh)
-    return (
-        jax.jit(initial, out_shardings=shardings),
-        jax.jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, metrics), donate_argnums=0),
-        shapes,
+    step = jax.jit(
+        functools.partial(train_step, **settings),
+        in_shardings=(shardings, partition.batch_sharding(run.mesh)),
+        out_shardings=(shardings, partition.replicated(run.mesh)),
+        donate_argnums=0,
     )
+    return jax.jit(initial, out_shardings=shardings), step, shapes
 
 
 def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, initial: Any, like: TrainState) -> TrainState:
@@ -137,7 +141,7 @@ def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, initial: Any,
     latest = checkpoints.latest()
     if latest is None:
         checkpoints.check_space(like)
-        return initial()
+        return initial(run.start_from())
     run.check_record(checkpoints.record(latest), f"the checkpoint of step {latest} in {checkpoints.folder}")
     state, data = checkpoints.restore(latest, like)
     run.batches.set_state(data)

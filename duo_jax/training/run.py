@@ -31,7 +31,7 @@ from duo_jax.data import pipeline, prepare, tokenizers
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood, plots
 from duo_jax.models import network as network_lib
-from duo_jax.models.network import Network
+from duo_jax.models.network import Network, Weights
 from duo_jax.training import checkpoint, partition, writers
 
 
@@ -95,8 +95,9 @@ class Run:
         mesh = partition.create_mesh(config.mesh)
         partition.check_batch(mesh, "train.batch_size", config.train.batch_size)
         partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-        network = Network.from_config(config, tokenizers.vocab_size(config.data.tokenizer, config.data.bpe_size))
         folder = prepared(config)
+        tokenizer = prepare.load_tokenizer(folder)
+        network = Network.from_config(config, tokenizer.vocab_size, tokenizer.mask_id)
         batches = pipeline.train_iterator(
             folder,
             length=config.model.length,
@@ -112,7 +113,7 @@ class Run:
             workdir=Path(workdir).expanduser().resolve(),
             mesh=mesh,
             network=network,
-            tokenizer=prepare.load_tokenizer(folder),
+            tokenizer=tokenizer,
             batches=batches,
             heldout=heldout(config, folder),
             levels=levels(config, folder, network.vocab_size),
@@ -139,6 +140,30 @@ class Run:
             raise UserError(f"{where} has format {record.get('format')}, not {checkpoint.FORMAT}; use another --workdir.")
         if different := config_lib.changed(record["config"], self.config):
             raise UserError(f"{where} is of another run: {'; '.join(different)}. Set it back, or use another --workdir.")
+
+    def start_from(self) -> Weights | None:
+        """Returns the EMA weights of `config.init_from`, or None for fresh ones.
+
+        Raises:
+            UserError: they are of a network of another shape, or of other tokens.
+        """
+        if not self.config.init_from:
+            return None
+        params, _ = checkpoint.read(self.config.init_from)
+        have, want = (
+            {name: getattr(net, name) for name in ("vocab_size", "dim", "blocks", "heads", "cond_dim")}
+            for net in (params.network, self.network)
+        )
+        different = [f"{name} is {want[name]}, there {have[name]}" for name in have if have[name] != want[name]]
+        if (self.network.algo == "ar") != (params.network.algo == "ar"):
+            different.append(f"algo is {self.network.algo}, there {params.network.algo}")
+        probe = "The quick brown fox jumps over the lazy dog; 0123456789."
+        if not different and tokenizers.load(params.tokenizer).encode(probe) != self.tokenizer.encode(probe):
+            different.append("the tokenizer is another one")
+        if different:
+            raise UserError(f"config.init_from = {self.config.init_from} does not fit the config: {'; '.join(different)}.")
+        self.say(f"Starting from the EMA weights in {self.config.init_from}.")
+        return params.weights
 
     def start(self, step: int, params: Any) -> None:
         """Says what is about to be trained, and opens the files of the run."""

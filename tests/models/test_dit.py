@@ -66,7 +66,7 @@ def test_a_strange_state_dict_is_named():
 
 def network(**kwargs):
     base = Network(
-        algo="duo_base", vocab_size=VOCAB, length=12, dim=32, blocks=2, heads=4, cond_dim=16, dropout=0.0, precision="float32"
+        algo="duo_base", vocab_size=VOCAB, mask_id=VOCAB - 1, length=12, dim=32, blocks=2, heads=4, cond_dim=16, dropout=0.0, precision="float32"
     )
     return dataclasses.replace(base, **kwargs)
 
@@ -111,7 +111,9 @@ def test_the_chunked_head_equals_the_dense_one(chunk):
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None], -1)[..., 0]
 
     def loss(hidden, weights, chunk):
-        per_token = head.visit(nll, hidden, weights, targets, dtype=jnp.dtype("float32"), chunk=chunk)
+        per_token = head.in_chunks(
+            lambda hidden, x: nll(head.logits(hidden, weights, jnp.dtype("float32")), x), hidden, targets, chunk=chunk
+        )
         return (per_token * jnp.arange(12)).sum(), per_token
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
@@ -125,8 +127,11 @@ def test_the_chunked_head_holds_no_batch_of_logits():
     chunk = head.chunk_length(batch, length, vocab, mib=16)
     weights = {"kernel": jnp.zeros((8, vocab)), "bias": jnp.zeros(vocab)}
 
+    def log_normaliser(hidden):
+        return jax.nn.logsumexp(head.logits(hidden, weights, jnp.dtype("float32")), axis=-1)
+
     def loss(hidden):
-        return head.visit(lambda x: jax.nn.logsumexp(x, axis=-1), hidden, weights, dtype=jnp.dtype("float32"), chunk=chunk).sum()
+        return head.in_chunks(log_normaliser, hidden, chunk=chunk).sum()
 
     compiled = jax.jit(jax.grad(loss)).lower(jnp.zeros((batch, length, 8))).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20 < batch * length * vocab * 4
