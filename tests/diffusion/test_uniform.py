@@ -176,25 +176,26 @@ def test_nelbo_gradients_are_the_formulas(k):
     logits, z_t, x = random_case(k, 1.5, n=6)
     with jax.enable_x64(True):
         logits = jnp.asarray(np.float64(logits))
+        ours = jax.jit(jax.grad(lambda l, a, d: uniform.nelbo_from_logits(l, z_t, x, a, d).sum(), (0, 1, 2)))
+        theirs = jax.jit(jax.grad(lambda l, a, d: jax.vmap(printed)(l, z_t, x, a, d).sum(), (0, 1, 2)))
         for alpha in (0.01, 0.4, 0.97):
             arguments = [jnp.full(6, alpha), jnp.full(6, -0.8)]
-            ours = jax.grad(lambda l, a, d: uniform.nelbo_from_logits(l, z_t, x, a, d).sum(), (0, 1, 2))
-            theirs = jax.grad(lambda l, a, d: jax.vmap(printed)(l, z_t, x, a, d).sum(), (0, 1, 2))
             for got, expected in zip(ours(logits, *arguments), theirs(logits, *arguments), strict=True):
                 np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-9 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("k", [2, 50])
-@pytest.mark.parametrize("alpha", [0.0, 1e-12, 1e-3, 0.5, 1 - 1e-3, 1 - 6e-8, 1.0])
-def test_nelbo_is_finite_at_every_extreme(k, alpha):
+def test_nelbo_is_finite_at_every_extreme(k):
     onehot = jax.nn.one_hot(jnp.array([0, 0, 1, 1, 0]), k)
     z_t, x = jnp.array([0, 1, 0, 1, 1]), jnp.array([0, 0, 0, 0, 1])
+    evaluate = jax.jit(
+        jax.value_and_grad(lambda l, a, d: uniform.nelbo_from_logits(l, z_t, x, a, d).sum(), argnums=(0, 1, 2))
+    )
     for logits in (jnp.zeros((5, k)), 1e4 * onehot, -1e4 * onehot, jnp.where(onehot > 0, 0.0, -jnp.inf), 30 * onehot):
-        loss, gradients = jax.value_and_grad(
-            lambda *args: uniform.nelbo_from_logits(args[0], z_t, x, args[1], args[2]).sum(), (0, 1, 2)
-        )(logits, jnp.full(5, alpha), jnp.full(5, -0.999))
-        assert np.isfinite(loss)
-        assert all(np.isfinite(gradient).all() for gradient in gradients)
+        for alpha in (0.0, 1e-12, 1e-3, 0.5, 1 - 1e-3, 1 - 6e-8, 1.0):
+            loss, gradients = evaluate(logits, jnp.full(5, alpha), jnp.full(5, -0.999))
+            assert np.isfinite(loss)
+            assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_nelbo_of_half_precision_logits():
