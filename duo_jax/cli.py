@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import importlib.util
 import itertools
 import logging
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +79,20 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory, in one arena, instead of handing it back to the kernel.
+
+    XLA's CPU backend asks for its scratch memory anew at every call, and glibc maps blocks of that size afresh each time:
+    a training step of 76 MB took 21,000 page faults, a quarter of its time. Elsewhere than on glibc this does nothing.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # of <malloc.h>
+    libc = ctypes.CDLL(None)
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26), (arena_max, 1)):
+        libc.mallopt(option, value)
+
+
 def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
     """Parses the command line and calls `main(config)`, or `main(config, workdir)` where `workdir` is asked for.
 
@@ -109,6 +125,7 @@ def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
+    keep_memory()
     app.run(call, flags_parser=parse_or_exit)
 
 

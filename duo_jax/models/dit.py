@@ -93,7 +93,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond) if self.adaln else (0, 0, 1, 0, 0, 1)
 
         y = self.norm1(x) * (1 + scale1) + shift1
-        q, k, v = jnp.moveaxis(self.qkv(y).reshape(batch, length, 3, self.heads, self.dim // self.heads), 2, 0)
+        # Split before the heads are: the gradient is then one concatenation, not three padded arrays to be added.
+        q, k, v = (part.reshape(batch, length, self.heads, -1) for part in jnp.split(self.qkv(y), 3, axis=-1))
         q, k = attention.rotate(q, cos, sin), attention.rotate(k, cos, sin)
         y = attention.attend(q, k, v, causal=self.causal, requested=self.attention)
         y = self.attn_out(y.reshape(batch, length, self.dim))
