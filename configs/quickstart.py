@@ -1,4 +1,5 @@
 """placeholder while tuning"""
+
 from duo_jax import config as base
 
 
@@ -10,13 +11,13 @@ def get_config():
     config.data.tokenizer = "bpe"
     config.train.steps = 200
     config.train.batch_size = 32
-    config.train.log_every=20
-    config.train.warmup=100
-    config.train.lr=1e-3
-    config.train.ema=0.99
-    config.eval.every=100
-    config.eval.batch_size=32
-    config.checkpoint.every=50
-    config.sample.every=100
-    config.sample.n_steps=32
+    config.train.log_every = 20
+    config.train.warmup = 100
+    config.train.lr = 1e-3
+    config.train.ema = 0.99
+    config.eval.every = 100
+    config.eval.batch_size = 32
+    config.checkpoint.every = 50
+    config.sample.every = 100
+    config.sample.n_steps = 32
     return config

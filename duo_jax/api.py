@@ -161,7 +161,9 @@ def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int 
         if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"tokens must be whole numbers of shape [L] or [B, L], not {tokens.dtype} {tokens.shape}.")
         if tokens.min() < 0 or tokens.max() >= network.vocab_size:
-            raise UserError(f"token ids must lie in [0, {network.vocab_size}); these reach {tokens.min()} to {tokens.max()}.")
+            raise UserError(
+                f"token ids must lie in [0, {network.vocab_size}); these reach {tokens.min()} to {tokens.max()}."
+            )
         rows = list(tokens)
     estimates = np.zeros(n_samples)
     count = 0

@@ -28,7 +28,9 @@ def _load(path: str) -> ConfigDict:
         raise UserError(f"--config={path}: no such file; {hint}.")
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config={path} is not a Python file; give one with get_config(), like configs/quickstart.py.")
+        raise UserError(
+            f"--config={path} is not a Python file; give one with get_config(), like configs/quickstart.py."
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):

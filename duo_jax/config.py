@@ -96,7 +96,9 @@ def default() -> ConfigDict:
     config.model.length = 1024  # tokens in a row, BOS and EOS included
     config.model.dropout = 0.1  # on the two residual branches of every block
     config.model.attention = "auto"  # auto | xla | cudnn
-    config.model.head_mib = 256  # MiB that one chunk of logits may take on a device; the vocabulary is visited in chunks
+    config.model.head_mib = (
+        256  # MiB that one chunk of logits may take on a device; the vocabulary is visited in chunks
+    )
 
     config.data = ConfigDict()
     config.data.source = "wiki"  # wiki | text | openwebtext | lm1b
@@ -213,12 +215,18 @@ def check(config: ConfigDict) -> None:
         if flatten(config)[name] <= 0:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be positive.")
     if not 0 < config.sample.top_p <= 1:
-        raise UserError(f"config.sample.top_p is {config.sample.top_p}; it must be in (0, 1], where 1 keeps every token.")
+        raise UserError(
+            f"config.sample.top_p is {config.sample.top_p}; it must be in (0, 1], where 1 keeps every token."
+        )
     if config.algo.curriculum.end < config.algo.curriculum.start:
         raise UserError("config.algo.curriculum.end lies before config.algo.curriculum.start; give steps in order.")
     if config.mode == "train" and config.algo.name == "dcd" and not config.init_from:
-        raise UserError("config.algo.name is 'dcd', which distils a trained network; give its workdir as config.init_from.")
+        raise UserError(
+            "config.algo.name is 'dcd', which distils a trained network; give its workdir as config.init_from."
+        )
     if config.model.length < 3:
         raise UserError(f"config.model.length is {config.model.length}; a row needs BOS, EOS and a token: at least 3.")
     if config.mesh.data == 0 or config.mesh.data < -1:
-        raise UserError(f"config.mesh.data is {config.mesh.data}; give a number of devices, or -1 for all that are left.")
+        raise UserError(
+            f"config.mesh.data is {config.mesh.data}; give a number of devices, or -1 for all that are left."
+        )

@@ -31,7 +31,9 @@ def _load(config: ConfigDict, workdir: str) -> Params:
     same = dataclasses.replace(wanted, **{name: getattr(params.network, name) for name in _HOW})
     if same != params.network:
         have, want = dataclasses.asdict(params.network), dataclasses.asdict(same)
-        different = [f"{name} is {want[name]}, in the checkpoint {have[name]}" for name in have if have[name] != want[name]]
+        different = [
+            f"{name} is {want[name]}, in the checkpoint {have[name]}" for name in have if have[name] != want[name]
+        ]
         raise UserError(f"the config is not that of the network in {workdir}: {'; '.join(different)}.")
     return params.replace(network=wanted)
 

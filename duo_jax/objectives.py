@@ -195,7 +195,9 @@ def duo(this: Objective) -> LossFn:
     """
     net, gaussian = this.network, this.gaussian
 
-    def relaxed(params: Weights, key: jax.Array, x: jax.Array, gamma: jax.Array, tau: jax.Array) -> tuple[jax.Array, ...]:
+    def relaxed(
+        params: Weights, key: jax.Array, x: jax.Array, gamma: jax.Array, tau: jax.Array
+    ) -> tuple[jax.Array, ...]:
         """Returns the embedded relaxed input `[B, L, D]` and z_t `[B, L]`."""
         if gaussian.curriculum == "topk":
             mix, ids, z_t = duality.tempered_topk(key, x, gamma, tau, gaussian.k, net.vocab_size)

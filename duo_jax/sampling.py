@@ -54,15 +54,15 @@ class Settings:
             raise UserError(f"noise_removal is {self.noise_removal!r}; choose one of {', '.join(NOISE_REMOVALS)}.")
 
     @classmethod
-    def for_network(
-        cls, network: Network, n_steps: int, *, sampler: str, noise_removal: str, top_p: float
-    ) -> Settings:
+    def for_network(cls, network: Network, n_steps: int, *, sampler: str, noise_removal: str, top_p: float) -> Settings:
         """Returns the settings with the schedule that a network was trained with.
 
         Raises:
             UserError: a setting that cannot be.
         """
-        return cls(n_steps, sampler, noise_removal, schedules.by_name(network.schedule, network.eps), uses_nucleus(top_p))
+        return cls(
+            n_steps, sampler, noise_removal, schedules.by_name(network.schedule, network.eps), uses_nucleus(top_p)
+        )
 
     @property
     def network_calls(self) -> int:

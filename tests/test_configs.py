@@ -39,7 +39,9 @@ def test_a_recipe_traces(path):
     )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
     assert metrics["loss"].shape == ()
-    assert count(before.params) == pytest.approx(MILLIONS[path.stem] * 1e6, rel=0.2 if path.stem == "quickstart" else 0.02)
+    assert count(before.params) == pytest.approx(
+        MILLIONS[path.stem] * 1e6, rel=0.2 if path.stem == "quickstart" else 0.02
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,11 @@ def test_impossible_values_are_refused(settings, message):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"model.size": "huge"}, "choose one of nano"), ({"model.heads": 5}, "multiple of twice"), ({"model.dim": 0}, "dim is 0")],
+    [
+        ({"model.size": "huge"}, "choose one of nano"),
+        ({"model.heads": 5}, "multiple of twice"),
+        ({"model.dim": 0}, "dim is 0"),
+    ],
 )
 def test_impossible_networks_are_refused(settings, message):
     config = config_lib.default()

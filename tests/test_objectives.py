@@ -68,9 +68,7 @@ def test_the_mask_leaves_tokens_out():
     loss_fn = jax.jit(objectives.evaluation_loss(net))
     mask = jnp.ones((4, 16)).at[:, 8:].set(0)
     everything = loss_fn(weights, {"tokens": tokens, "mask": jnp.ones((4, 16))}, jax.random.key(2), 0)[1]
-    left, right = (
-        loss_fn(weights, {"tokens": tokens, "mask": m}, jax.random.key(2), 0)[1] for m in (mask, 1 - mask)
-    )
+    left, right = (loss_fn(weights, {"tokens": tokens, "mask": m}, jax.random.key(2), 0)[1] for m in (mask, 1 - mask))
     assert left["tokens"] == 32
     assert left["nll"] != right["nll"]
     np.testing.assert_allclose(left["nll"] + right["nll"], everything["nll"], rtol=1e-5)

@@ -13,7 +13,9 @@ from duo_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def choose(requested: str, *, platform: str, compute_capability: float, dtype: jnp.dtype, head_dim: int) -> tuple[str, str]:
+def choose(
+    requested: str, *, platform: str, compute_capability: float, dtype: jnp.dtype, head_dim: int
+) -> tuple[str, str]:
     """Returns who computes attention, `"cudnn"` or `"xla"`, and why.
 
     cuDNN needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, bfloat16 or float16, and a head size that is a

@@ -40,6 +40,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis."""
         return nn.LayerNorm(epsilon=1e-5, use_bias=False, dtype=jnp.float32, use_fast_variance=False, name="norm")(x)
 
 
@@ -52,6 +53,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, cond: jax.Array) -> list[jax.Array]:
+        """Maps the conditioning `[B, cond_dim]` to the vectors."""
         dense = nn.Dense(self.n * self.dim, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="linear")
         return jnp.split(dense(cond)[:, None, :], self.n, axis=-1)
 
@@ -68,6 +70,8 @@ class Block(nn.Module):
     attention: str
 
     def setup(self) -> None:
+        """Makes the parts."""
+
         def dense(features: int, fan_in: int, use_bias: bool) -> nn.Dense:
             return nn.Dense(
                 features,
@@ -133,12 +137,23 @@ class DiT(nn.Module):
     attention: str = "auto"
 
     def setup(self) -> None:
+        """Makes the parts."""
+
         def dense(features: int, fan_in: int) -> nn.Dense:
             return nn.Dense(features, kernel_init=_uniform_fan_in, bias_init=_uniform_bias(fan_in))
 
         self.embed = nn.Embed(self.vocab_size, self.dim, embedding_init=_embedding_init)
         self.layers = [
-            Block(self.dim, self.heads, self.dropout, self.causal, self.adaln, self.dtype, self.attention, name=f"block_{i}")
+            Block(
+                self.dim,
+                self.heads,
+                self.dropout,
+                self.causal,
+                self.adaln,
+                self.dtype,
+                self.attention,
+                name=f"block_{i}",
+            )
             for i in range(self.blocks)
         ]
         self.norm_final = LayerNorm()

@@ -1,12 +1,12 @@
 """What surrounds the loop: the data, the network, the devices of a run, and the folder in which it leaves its results.
 
-    WORKDIR/config.json             every setting
-    WORKDIR/metrics.jsonl           one line of numbers a logging step or evaluation
-    WORKDIR/tensorboard/            the same for TensorBoard
-    WORKDIR/perplexity.png          held-out perplexity against steps
-    WORKDIR/samples/STEP.txt        texts sampled during training
-    WORKDIR/checkpoints/STEP/       see `training.checkpoint`
-    WORKDIR/tokenizer/              the tokenizer, so that the folder alone is enough to sample
+WORKDIR/config.json             every setting
+WORKDIR/metrics.jsonl           one line of numbers a logging step or evaluation
+WORKDIR/tensorboard/            the same for TensorBoard
+WORKDIR/perplexity.png          held-out perplexity against steps
+WORKDIR/samples/STEP.txt        texts sampled during training
+WORKDIR/checkpoints/STEP/       see `training.checkpoint`
+WORKDIR/tokenizer/              the tokenizer, so that the folder alone is enough to sample
 """
 
 from __future__ import annotations
@@ -137,9 +137,13 @@ class Run:
     def check_record(self, record: Mapping[str, Any], where: str) -> None:
         """Raises UserError if a checkpoint's record is not of this very run, naming the settings that differ."""
         if record.get("format") != checkpoint.FORMAT:
-            raise UserError(f"{where} has format {record.get('format')}, not {checkpoint.FORMAT}; use another --workdir.")
+            raise UserError(
+                f"{where} has format {record.get('format')}, not {checkpoint.FORMAT}; use another --workdir."
+            )
         if different := config_lib.changed(record["config"], self.config):
-            raise UserError(f"{where} is of another run: {'; '.join(different)}. Set it back, or use another --workdir.")
+            raise UserError(
+                f"{where} is of another run: {'; '.join(different)}. Set it back, or use another --workdir."
+            )
 
     def start_from(self) -> Weights | None:
         """Returns the EMA weights of `config.init_from`, or None for fresh ones.
@@ -161,7 +165,9 @@ class Run:
         if not different and tokenizers.load(params.tokenizer).encode(probe) != self.tokenizer.encode(probe):
             different.append("the tokenizer is another one")
         if different:
-            raise UserError(f"config.init_from = {self.config.init_from} does not fit the config: {'; '.join(different)}.")
+            raise UserError(
+                f"config.init_from = {self.config.init_from} does not fit the config: {'; '.join(different)}."
+            )
         self.say(f"Starting from the EMA weights in {self.config.init_from}.")
         return params.weights
 

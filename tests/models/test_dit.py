@@ -66,7 +66,16 @@ def test_a_strange_state_dict_is_named():
 
 def network(**kwargs):
     base = Network(
-        algo="duo_base", vocab_size=VOCAB, mask_id=VOCAB - 1, length=12, dim=32, blocks=2, heads=4, cond_dim=16, dropout=0.0, precision="float32"
+        algo="duo_base",
+        vocab_size=VOCAB,
+        mask_id=VOCAB - 1,
+        length=12,
+        dim=32,
+        blocks=2,
+        heads=4,
+        cond_dim=16,
+        dropout=0.0,
+        precision="float32",
     )
     return dataclasses.replace(base, **kwargs)
 

@@ -68,7 +68,13 @@ def test_one_compilation_and_a_falling_loss(text_folder, tmp_path):
 
 def test_killed_in_the_middle_a_run_ends_as_if_it_never_was(text_folder, tmp_path):
     # The prefix of the longer run equals the shorter one, as nothing but the end depends on the number of steps.
-    settings = {**tiny_settings(text_folder), "eval.every": 0, "sample.every": 0, "train.steps": 300, "checkpoint.every": 20}
+    settings = {
+        **tiny_settings(text_folder),
+        "eval.every": 0,
+        "sample.every": 0,
+        "train.steps": 300,
+        "checkpoint.every": 20,
+    }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     loop.train(make_config(settings), str(whole))
 
@@ -97,7 +103,9 @@ def test_sigterm_saves_and_leaves_in_good_order(text_folder, tmp_path):
     settings = {**tiny_settings(text_folder), "train.steps": 100_000, "checkpoint.every": 100_000, "eval.every": 0}
     args = command("configs/quickstart.py", tmp_path, {**settings, "sample.every": 0, "train.log_every": 1})
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while len(writers.read_jsonl(tmp_path / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)

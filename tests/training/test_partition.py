@@ -84,7 +84,12 @@ def test_only_large_arrays_are_split():
     config = config_lib.default().mesh
     config.fsdp = 2
     mesh = partition.create_mesh(config, jax.devices() * 4)
-    shapes = {"big": np.zeros((512, 1024)), "odd": np.zeros((511, 1023)), "small": np.zeros((2, 4)), "step": np.zeros(())}
+    shapes = {
+        "big": np.zeros((512, 1024)),
+        "odd": np.zeros((511, 1023)),
+        "small": np.zeros((2, 4)),
+        "step": np.zeros(()),
+    }
     specs = {name: sharding.spec for name, sharding in partition.state_shardings(mesh, shapes).items()}
     assert tuple(specs["big"]) == (None, "fsdp")
     assert all(not any(specs[name]) for name in ("odd", "small", "step"))
