@@ -12,7 +12,7 @@ from duo_jax import config as base
 
 
 def get_config() -> ConfigDict:
-    """Returns the recipe of SPEC 8, which is `default()`, on OpenWebText."""
+    """Returns the paper's recipe, which is `default()`, on OpenWebText."""
     config = base.default()
     config.data.source = "openwebtext"
     config.data.tokenizer = "gpt2"

@@ -16,7 +16,8 @@ VOCAB = 53
 
 
 def network(**kwargs):
-    base = {"algo": "duo_base", "vocab_size": VOCAB, "mask_id": VOCAB - 1, "length": 16, "dim": 64, "blocks": 2, "heads": 4, "cond_dim": 32,
+    base = {"algo": "duo_base", "vocab_size": VOCAB, "mask_id": VOCAB - 1, "length": 16, "dim": 64, "blocks": 2,
+            "heads": 4, "cond_dim": 32,
             "dropout": 0.0, "precision": "float32"}  # fmt: skip
     return Network(**{**base, **kwargs})
 

@@ -1,4 +1,4 @@
-"""Held-out likelihood: the bound on nats per token, bits per token and perplexity, and what simple models reach beside it."""
+"""Held-out likelihood: nats per token, bits per token and perplexity, and what simple models reach beside it."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """The network of SPEC 7: maps noisy tokens and their noise level to logits over the vocabulary.
+    """The network: maps noisy tokens and their noise level to logits over the vocabulary.
 
     Attributes:
         vocab_size: K, special ids included.

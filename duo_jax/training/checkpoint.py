@@ -128,8 +128,8 @@ class Checkpoints:
             if not _full_disk(error):
                 raise
             raise UserError(
-                f"the disk of {self.folder} is full; the newest whole checkpoint is step {self.latest()}. Free some space and "
-                "run the same command again to go on from there."
+                f"the disk of {self.folder} is full; the newest whole checkpoint is step {self.latest()}. Free some space "
+                "and run the same command again to go on from there."
             ) from error
 
 
