@@ -41,7 +41,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 # What a run may change when it goes on from a checkpoint; all else must be as it was, or it is another run.
 FREE_ON_RESUME = (
-    "mode", "train.steps", "train.log_every", "eval", "sample", "checkpoint", "mesh", "data.dir",
+    "mode", "distributed", "train.steps", "train.log_every", "eval", "sample", "checkpoint", "mesh", "data.dir",
     "data.path", "data.workers", "model.head_mib",
     "model.attention", "init_from",
 )  # fmt: skip
@@ -140,6 +140,8 @@ def default() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 5_000
     config.checkpoint.keep = 2  # the newest so many; older ones are deleted
+
+    config.distributed = False  # several hosts: each runs the same command, and JAX finds the others
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch; -1: all that are left

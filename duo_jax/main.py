@@ -11,7 +11,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     """Does what `config.mode` says."""
     from duo_jax import modes  # the libraries behind it take seconds, which a mistyped flag need not wait for
 
-    modes.MODES[config.mode](config, workdir)
+    modes.run(config, workdir)
 
 
 if __name__ == "__main__":

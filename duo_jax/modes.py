@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from duo_jax import api, progress
@@ -87,3 +88,16 @@ def sample(config: ConfigDict, workdir: str) -> None:
 
 
 MODES = {"train": loop.train, "eval": evaluate, "sample": sample}
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Does what `config.mode` says, on all hosts if `config.distributed`."""
+    if config.distributed:
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"config.distributed is set, but the hosts did not find each other: {str(error).splitlines()[0]} Start it under "
+                "SLURM, Open MPI or on a TPU pod, or leave it out on a single host."
+            ) from error
+    MODES[config.mode](config, workdir)
