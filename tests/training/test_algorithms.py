@@ -98,6 +98,6 @@ def test_what_does_not_fit_is_refused(trained, text_folder, tmp_path):
         loop.train(make_config({**base, "init_from": str(trained), "algo.name": "ar"}), str(tmp_path / "b"))
     with pytest.raises(UserError, match="does not exist"):
         loop.train(make_config({**base, "init_from": str(tmp_path / "nothing")}), str(tmp_path / "c"))
+    settings = {**base, "init_from": str(trained), "algo.gamma_min": 1.0, "algo.gamma_max": 0.0}
     with pytest.raises(UserError, match=r"gamma_min = 1\.000 must lie below"):
-        settings = {**base, "init_from": str(trained), "algo.gamma_min": 1.0, "algo.gamma_max": 0.0}
         loop.train(make_config(settings), str(tmp_path / "d"))
