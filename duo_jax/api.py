@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from duo_jax import progress as progress_lib
 from duo_jax import sampling
 from duo_jax.data import tokenizers
 from duo_jax.errors import UserError
@@ -31,13 +32,16 @@ class Samples:
         tokens: int32 `[B, L]`.
         text: the decoded rows, special tokens left out.
         entropy: `[B]`, each row's unigram entropy in nats; low means that it repeats itself.
-        network_calls: how often the network was evaluated.
+        network_calls: how often the network was evaluated for a batch; the most, where batches differ. Guidance evaluates
+            it twice a step; an autoregressive network reads one position a call.
+        trajectory: int32 `[n, B, L]`, the tokens after every step, if asked for.
     """
 
     tokens: np.ndarray
     text: list[str]
     entropy: np.ndarray
     network_calls: int
+    trajectory: np.ndarray | None = None
 
 
 class Score(NamedTuple):
@@ -83,39 +87,100 @@ def sample(
     sampler: str = "ancestral",
     noise_removal: str = "ancestral",
     top_p: float = 1.0,
+    prompt: str | Sequence[str] | None = None,
+    infill: str | Sequence[str] | tuple[Any, Any] | None = None,
+    temperature: float = 1.0,
+    psi: sampling.Psi | str | None = None,
+    guidance: float = 1.0,
+    negative_prompt: str | None = None,
+    early_stop: int = 0,
+    stride: int | None = None,
+    rows_at_once: int | None = None,
+    trajectory: bool = False,
+    progress: bool = False,
 ) -> Samples:
-    """Returns texts sampled from a network, all tokens at once, in `n_steps` steps.
+    """Returns texts sampled from a network; docs/sampling.md tells what each option does to quality and diversity.
+
+    No other seed, prompt, temperature or `top_p` compiles anew.
 
     Args:
         params: what `load` returned.
-        n_steps: steps of the sampler; more is better and slower. The noise removal is one more network call.
-        seed: the same seed gives the same texts.
+        n_steps: steps of the sampler; more is better and slower. The noise removal is one more network call. An
+            autoregressive network takes one call a token, whatever this is.
+        seed: the same seed gives the same texts (for the same `rows_at_once` and number of devices).
         batch_size: how many texts.
-        length: tokens in each, BOS and EOS included; the network's own length if None.
-        sampler: `ancestral`.
-        noise_removal: the last call: `ancestral` (a draw), `greedy` (the most probable tokens: cleaner, less diverse), `none`.
+        length: tokens in each, BOS and EOS included; the network's own length if None. Longer texts are written in strides.
+        sampler: `ancestral`; `psi`, which also draws tokens anew; for mdlm, sedd and d3pm also `ancestral_cache`, the same
+            texts with fewer calls; for sedd also `analytic`; `autoregressive` for ar, where `ancestral` is the same.
+        noise_removal: the last call: `ancestral` (a draw), `greedy` (the most probable tokens: cleaner, less
+            diverse), `none`.
         top_p: nucleus: at each step the smallest set of tokens with this much probability is kept; 1 keeps all.
+        prompt: how the texts begin, after BOS: one string for all, or one for each.
+        infill: texts with gaps, `___` (three or more underscores), which share evenly what the rest leaves of the length,
+            one for all or one for each; or a pair of arrays (tokens, mask), `[L]` or `[B, L]`, true where a token is held.
+        temperature: below 1 makes probable tokens more so.
+        psi: of the psi sampler: one kappa mode for all steps, such as "constant-0.9", or a `sampling.Psi`.
+        guidance: how far to lead away from what the network says without the prompt; 1 is not at all. Doubles the calls.
+        negative_prompt: lead away from what it says with this prompt instead.
+        early_stop: a uniform-state text is taken as finished when so many steps in a row have not changed it; 0: never.
+        stride: new tokens a window, for texts longer than the network's length; half of that length if None.
+        rows_at_once: texts sampled together; all if None. Bounds the memory.
+        trajectory: whether to keep the tokens of every step.
+        progress: whether to show a progress bar.
 
     Raises:
-        UserError: a setting that cannot be.
+        UserError: a setting that cannot be, or a prompt that does not fit or that the tokenizer cannot encode.
     """
     network = params.network
     length = network.length if length is None else length
     if batch_size < 1 or length < 1:
         raise UserError(f"batch_size is {batch_size} and length {length}; both must be at least 1.")
+    if rows_at_once is not None and rows_at_once < 1:
+        raise UserError(f"rows_at_once is {rows_at_once}; it must be at least 1.")
+    sampling.check_temperature(temperature)
+    if guidance == 1.0 and negative_prompt is not None:
+        raise UserError("negative_prompt was given, but guidance is 1, which does not use it; give a guidance above 1.")
+    if guidance != 1.0 and prompt is None and infill is None:
+        raise UserError(f"guidance is {guidance}, but there is no prompt or infill to be guided by.")
     settings = sampling.Settings.for_network(
-        network, n_steps, sampler=sampler, noise_removal=noise_removal, top_p=top_p
+        network,
+        n_steps,
+        sampler=sampler,
+        noise_removal=noise_removal,
+        top_p=top_p,
+        psi=sampling.as_psi(psi, sampler),
+        guided=guidance != 1.0,
+        early_stop=early_stop,
+        trajectory=trajectory,
     )
-    tokens = sampling.sample_tokens(
-        params.weights, jax.random.key(seed), top_p, network=network, shape=(batch_size, length), settings=settings
-    )
-    tokens = np.asarray(tokens)
     tokenizer = tokenizer_of(params.tokenizer)
+    shape = (batch_size, length)
+    known = sampling.prompts.known(tokenizer, shape, prompt=prompt, infill=infill)
+    if network.algo == "ar" and not known[1].any():
+        known = sampling.prompts.known(tokenizer, shape, prompt="")
+    unconditional = None
+    if settings.guided:
+        unconditional = sampling.prompts.known(tokenizer, shape, prompt=negative_prompt or "")
+    with progress_lib.bar(total=batch_size, desc="sampling", unit=" texts", disable=not progress) as bar:
+        texts = sampling.texts.sample(
+            params.weights,
+            network,
+            settings,
+            jax.random.key(seed),
+            known,
+            knobs=sampling.Knobs(top_p, temperature, guidance),
+            bos_id=tokenizer.bos_id,
+            unconditional=unconditional,
+            stride=stride,
+            rows_at_once=rows_at_once,
+            done=bar.update,
+        )
     return Samples(
-        tokens=tokens,
-        text=[tokenizer.decode(row) for row in tokens],
-        entropy=sampling.unigram_entropy(tokens),
-        network_calls=settings.network_calls,
+        tokens=texts.tokens,
+        text=[tokenizer.decode(row) for row in texts.tokens],
+        entropy=sampling.unigram_entropy(texts.tokens),
+        network_calls=texts.network_calls,
+        trajectory=texts.trajectory,
     )
 
 

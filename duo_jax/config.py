@@ -130,12 +130,27 @@ def default() -> ConfigDict:
     config.sample = ConfigDict()
     config.sample.every = 10_000  # 0: only at the end
     config.sample.n_steps = 128
-    config.sample.batch_size = 4
-    config.sample.length = config_dict.placeholder(int)  # default: the network's length
-    config.sample.sampler = "ancestral"
+    config.sample.batch_size = 4  # texts sampled together; bounds the memory
+    config.sample.num = 0  # texts in all, of mode = sample; 0: one batch
+    config.sample.length = config_dict.placeholder(int)  # default: the network's length; longer texts grow in strides
+    config.sample.stride = 0  # new tokens a window of such a text; 0: half the network's length
+    config.sample.sampler = "ancestral"  # ancestral | psi | ancestral_cache | analytic | autoregressive
     config.sample.noise_removal = "ancestral"  # ancestral | greedy | none
     config.sample.top_p = 1.0  # nucleus: keep the smallest set of tokens with this much probability
+    config.sample.temperature = 1.0  # below 1 makes probable tokens more so
+    config.sample.prompt = ""  # how the texts begin
+    config.sample.infill = ""  # a text with gaps, ___, to be filled
+    config.sample.guidance = 1.0  # of mode = sample: lead away from what is said without the prompt; 1: not at all
+    config.sample.early_stop = 0  # steps without a change after which a uniform-state text is finished; 0: never
     config.sample.seed = 0
+
+    config.sample.psi = ConfigDict()  # of psi: kappa modes, as in max-capped-0.02; see docs/sampling.md
+    config.sample.psi.high = "max-capped-0.02"
+    config.sample.psi.middle = "max-capped-0.02"
+    config.sample.psi.low = "max-capped-0.02"
+    config.sample.psi.high_frac = 0.0  # shares of the time grid
+    config.sample.psi.middle_frac = 0.0
+    config.sample.psi.time_profile = "linear"  # linear | linear-constant-linear-C | linear-constant-linear-C-inv
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 5_000
@@ -196,7 +211,11 @@ def check(config: ConfigDict) -> None:
     _one_of("algo.distillation.teacher", config.algo.distillation.teacher, ("ema", "student"))
     _one_of("model.attention", config.model.attention, ("auto", "xla", "cudnn"))
     _one_of("data.packing", config.data.packing, ("packed", "padded"))
-    _one_of("sample.sampler", config.sample.sampler, ("ancestral",))
+    _one_of(
+        "sample.sampler",
+        config.sample.sampler,
+        ("ancestral", "psi", "ancestral_cache", "analytic", "autoregressive"),
+    )
     _one_of("sample.noise_removal", config.sample.noise_removal, ("ancestral", "greedy", "none"))
     for name in ("train.steps", "train.batch_size", "train.log_every", "eval.batch_size", "sample.n_steps",
                  "sample.batch_size", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib",
@@ -204,7 +223,8 @@ def check(config: ConfigDict) -> None:
                  "algo.distillation.n_steps"):  # fmt: skip
         if flatten(config)[name] < 1:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be at least 1.")
-    for name in ("train.warmup", "eval.every", "eval.batches", "sample.every", "train.weight_decay", "data.workers"):
+    for name in ("train.warmup", "eval.every", "eval.batches", "sample.every", "train.weight_decay", "data.workers",
+                 "sample.num", "sample.stride", "sample.early_stop"):  # fmt: skip
         if flatten(config)[name] < 0:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must not be negative.")
     for name in ("model.dropout", "train.ema", "train.beta1", "train.beta2"):
@@ -213,12 +233,16 @@ def check(config: ConfigDict) -> None:
     for name in ("algo.eps", "algo.eps_t"):
         if not 0 < flatten(config)[name] < 1:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be strictly between 0 and 1.")
-    for name in ("train.lr", "train.clip", "train.adam_eps"):
+    for name in ("train.lr", "train.clip", "train.adam_eps", "sample.temperature"):
         if flatten(config)[name] <= 0:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be positive.")
     if not 0 < config.sample.top_p <= 1:
         raise UserError(
             f"config.sample.top_p is {config.sample.top_p}; it must be in (0, 1], where 1 keeps every token."
+        )
+    if config.sample.prompt and config.sample.infill:
+        raise UserError(
+            "config.sample.prompt and config.sample.infill are both given; write the prompt into infill, followed by ___."
         )
     if config.algo.curriculum.end < config.algo.curriculum.start:
         raise UserError("config.algo.curriculum.end lies before config.algo.curriculum.start; give steps in order.")

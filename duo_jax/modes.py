@@ -9,13 +9,17 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from duo_jax import api, progress
+from duo_jax import api, progress, sampling
 from duo_jax.data import prepare
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood
 from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint, loop, partition
 from duo_jax.training import run as run_lib
+
+# What `config.sample` hands on under the same name, and how many texts are printed.
+_SAMPLE = ("n_steps", "seed", "sampler", "noise_removal", "top_p", "temperature", "guidance", "early_stop")
+_SHOWN = 4
 
 # What may differ between a checkpoint and the config it is used with: how it is computed, not what it is.
 _HOW = ("precision", "attention", "head_mib", "dropout")
@@ -70,21 +74,30 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
 
 
 def sample(config: ConfigDict, workdir: str) -> None:
-    """Samples texts from the newest checkpoint, prints them, and writes them to `WORKDIR/samples.jsonl`."""
+    """Samples texts from the newest checkpoint, prints the first few, and writes them to `WORKDIR/samples.jsonl`."""
     params = _load(config, workdir)
-    settings = {
-        name: config.sample[name]
-        for name in ("n_steps", "seed", "batch_size", "length", "sampler", "noise_removal", "top_p")
+    chosen = config.sample
+    psi = sampling.Psi.from_config(chosen)
+    settings = {name: chosen[name] for name in _SAMPLE} | {
+        "length": chosen.length or params.network.length,
+        "prompt": chosen.prompt or None,
+        "infill": chosen.infill or None,
+        "stride": chosen.stride or None,
+        "rows_at_once": chosen.batch_size,
     }
-    result = api.sample(params, **settings)
+    result = api.sample(params, batch_size=chosen.num or chosen.batch_size, psi=psi, progress=True, **settings)
+    if jax.process_index():
+        return
     path = Path(workdir) / "samples.jsonl"
+    settings["psi"] = psi and dataclasses.asdict(psi)
     with path.open("w", encoding="utf-8") as file:
         for tokens, text, entropy in zip(result.tokens, result.text, result.entropy, strict=True):
             row = {"text": text, "entropy": float(entropy), "network_calls": result.network_calls, **settings}
             file.write(json.dumps(row | {"tokens": tokens.tolist()}, ensure_ascii=False) + "\n")
-    for i, (text, entropy) in enumerate(zip(result.text, result.entropy, strict=True)):
+    for i, (text, entropy) in enumerate(zip(result.text[:_SHOWN], result.entropy, strict=False)):
         progress.say(f"--- {i + 1} (unigram entropy {entropy:.2f} nats) ---\n{text}\n")
-    progress.say(f"{len(result.text)} texts in {result.network_calls} network calls each; written to {path}.")
+    shown = f" (the first {_SHOWN} above)" if len(result.text) > _SHOWN else ""
+    progress.say(f"{len(result.text)} texts{shown} in {result.network_calls} network calls a batch; written to {path}.")
 
 
 MODES = {"train": loop.train, "eval": evaluate, "sample": sample}

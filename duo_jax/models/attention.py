@@ -85,3 +85,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, requested:
     """Returns softmax(q k' / sqrt(head_dim)) v, `[B, L, H, head_dim]`; the softmax is float32."""
     implementation = backend(requested, q.dtype.name, q.shape[-1])
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+
+
+def attend_to_past(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
+    """Returns the attention of one query `[B, 1, H, head_dim]` to the keys and values `[B, T, ...]` up to its position."""
+    mask = (jnp.arange(k.shape[1]) <= position)[None, None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")

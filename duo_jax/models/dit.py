@@ -6,6 +6,8 @@ Token (or relaxed token) embeddings pass through blocks whose LayerNorms are shi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,6 +15,9 @@ from flax import linen as nn
 from duo_jax.models import attention
 
 TIME_FEATURES = 256
+
+# The keys and values of one block's past, each [B, T, H, head_dim].
+Cache = tuple[jax.Array, ...]
 
 # The reference leaves PyTorch's default in place: uniform in +-1/sqrt(fan_in), for kernels, biases and the embedding rows.
 _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -93,14 +98,43 @@ class Block(nn.Module):
 
     def __call__(self, x: jax.Array, cond: jax.Array | None, cos: jax.Array, sin: jax.Array, train: bool) -> jax.Array:
         """Maps the residual stream `x [B, L, D]` to the next one."""
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention.attend(q, k, v, causal=self.causal, requested=self.attention)
+
+        return self._update(x, cond, cos, sin, train, attend)
+
+    def next(self, x: jax.Array, cache: Cache, position: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple:
+        """Maps `x [B, 1, D]` at a position, given its past, and returns it with the cache grown by its keys and values."""
+        grown: Cache = ()
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            nonlocal grown
+            grown = tuple(
+                jax.lax.dynamic_update_slice_in_dim(c, new, position, 1) for c, new in zip(cache, (k, v), strict=True)
+            )
+            return attention.attend_to_past(q, *grown, position)
+
+        x = self._update(x, None, cos, sin, False, attend)
+        return x, grown
+
+    def _update(
+        self,
+        x: jax.Array,
+        cond: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        train: bool,
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        """The block, whoever holds the keys and values: `attend(q, k, v)`, each `[B, L, H, head_dim]`."""
         batch, length, _ = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond) if self.adaln else (0, 0, 1, 0, 0, 1)
 
         y = self.norm1(x) * (1 + scale1) + shift1
         # Split before the heads are: the gradient is then one concatenation, not three padded arrays to be added.
         q, k, v = (part.reshape(batch, length, self.heads, -1) for part in jnp.split(self.qkv(y), 3, axis=-1))
-        q, k = attention.rotate(q, cos, sin), attention.rotate(k, cos, sin)
-        y = attention.attend(q, k, v, causal=self.causal, requested=self.attention)
+        y = attend(attention.rotate(q, cos, sin), attention.rotate(k, cos, sin), v)
         y = self.attn_out(y.reshape(batch, length, self.dim))
         x = x + gate1 * self.drop(y, deterministic=not train)
 
@@ -196,6 +230,32 @@ class DiT(nn.Module):
             shift, scale = self.modulation_final(cond)
             x = x * (1 + scale) + shift
         return x.astype(jnp.float32)
+
+    def empty_cache(self, batch: int, length: int) -> tuple[Cache, ...]:
+        """Returns room for the keys and values of `length` positions, one pair a block; needs no parameters."""
+        shape = (batch, length, self.heads, self.dim // self.heads)
+        return tuple((jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.blocks))
+
+    def next_hidden(
+        self, inputs: jax.Array, cache: tuple[Cache, ...], position: jax.Array
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Returns `hidden` of one position from the cache of those before it, `[B, 1, D]`, and the cache with its own.
+
+        Of a causal network without adaLN: what `hidden` computes at that position from the whole text, at the cost of one.
+
+        Args:
+            inputs: token ids `[B, 1]`.
+            cache: see `empty_cache`; filled up to the position.
+            position: a scalar.
+        """
+        length = cache[0][0].shape[1]
+        angles = attention.rotary_angles(length, self.dim // self.heads)
+        cos, sin = (jax.lax.dynamic_slice_in_dim(angle, position, 1) for angle in angles)
+        x, grown = self.embedded(inputs), []
+        for layer, past in zip(self.layers, cache, strict=True):
+            x, past = layer.next(x, past, position, cos, sin)
+            grown.append(past)
+        return self.norm_final(x).astype(jnp.float32), tuple(grown)
 
     def __call__(
         self,

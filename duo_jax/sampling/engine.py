@@ -1,93 +1,86 @@
-"""From noise to text: samplers over any denoiser, each one `lax.scan` over its network calls.
+"""From noise to text: every diffusion sampler over any denoiser, as one `lax.scan` over its network calls.
 
-A sampler starts from the prior (uniform tokens), walks a grid of times 1 = t_0 > ... > t_n = 1e-5 with one network call a
-step, and ends with a noise-removal call at t_n. With a distilled network, n of 1 to 8 is the few-step consistency sampler.
+A sampler starts from the prior (uniform tokens, or masks), walks a grid of times 1 = t_0 > ... > t_n = 1e-5 with one
+network call a step, and ends with a noise-removal call at t_n. With a distilled network, n of 1 to 8 is the few-step
+consistency sampler of *The Diffusion Duality*.
+
+A denoiser is a function `denoise(states, sigma [B], visitor, *per_token)`: it predicts from each of the states (one, or two
+under guidance; int32 `[B, L]`) and returns `visitor(logits, *per_token)`, where `logits` is a tuple of `[B, l, K]`, one a
+state. It may call the visitor on one chunk of the length after the other: with a network no `[B, L, K]` exists.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from duo_jax.diffusion import categorical, schedules, uniform
-from duo_jax.diffusion.arrays import token_keys
+from duo_jax.diffusion import absorbing, categorical, schedules, uniform
+from duo_jax.diffusion.arrays import as_float, map_keys, token_keys
 from duo_jax.errors import UserError
-from duo_jax.models.network import Network, Predict
+from duo_jax.models import head
+from duo_jax.models.network import Network
+from duo_jax.sampling import autoregressive
+from duo_jax.sampling.settings import Psi, Settings, check_temperature, uses_nucleus
 
-SAMPLERS = ("ancestral",)
-NOISE_REMOVALS = ("ancestral", "greedy", "none")
-LAST_T = 1e-5
+Denoise = Callable[..., Any]
+
+# Stands for log 0 of the prediction that guidance divides by.
+_LEAST = 1e-30
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is static about a sampler: one program is compiled for each.
+@struct.dataclass
+class Given:
+    """The texts' shape, and what is known of them: `tokens` where `held`, both `[B, L]`. Traced."""
 
-    Attributes:
-        n_steps: steps of the time grid, 1 or more; the noise removal is one more network call.
-        sampler: `ancestral`, the posterior q(z_s | z_t, x = p).
-        noise_removal: what is done at the end: `ancestral` draws from the posterior at alpha_s = 1, `greedy` takes the most
-            probable token at each position, `none` leaves the last z_t.
-        schedule: the noise schedule that the network was trained with.
-        nucleus: whether `top_p` (a traced value) filters the denoiser's distribution.
-    """
-
-    n_steps: int
-    sampler: str = "ancestral"
-    noise_removal: str = "ancestral"
-    schedule: schedules.Schedule = dataclasses.field(default_factory=schedules.log_linear)
-    nucleus: bool = False
-
-    def __post_init__(self) -> None:
-        if self.n_steps < 1:
-            raise UserError(f"n_steps is {self.n_steps}; a sampler takes at least 1 step.")
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"the sampler is {self.sampler!r}; choose one of {', '.join(SAMPLERS)}.")
-        if self.noise_removal not in NOISE_REMOVALS:
-            raise UserError(f"noise_removal is {self.noise_removal!r}; choose one of {', '.join(NOISE_REMOVALS)}.")
+    tokens: jax.Array
+    held: jax.Array
 
     @classmethod
-    def for_network(cls, network: Network, n_steps: int, *, sampler: str, noise_removal: str, top_p: float) -> Settings:
-        """Returns the settings with the schedule that a network was trained with.
+    def nothing(cls, shape: tuple[int, int]) -> Given:
+        """Returns texts of which nothing is known."""
+        return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
-        Raises:
-            UserError: a setting that cannot be.
-        """
-        return cls(
-            n_steps, sampler, noise_removal, schedules.by_name(network.schedule, network.eps), uses_nucleus(top_p)
-        )
-
-    @property
-    def network_calls(self) -> int:
-        """How often the network is evaluated."""
-        return self.n_steps + (self.noise_removal != "none")
+    def fill(self, z: jax.Array) -> jax.Array:
+        """Returns `z` with the known tokens put in."""
+        return jnp.where(self.held, self.tokens, z)
 
 
-def uses_nucleus(top_p: jax.typing.ArrayLike) -> bool:
-    """Returns whether `top_p` removes anything; a traced value may.
+@struct.dataclass
+class Knobs:
+    """What may change from call to call without another program."""
 
-    Raises:
-        UserError: `top_p` is not in (0, 1].
+    top_p: jax.typing.ArrayLike = 1.0
+    temperature: jax.typing.ArrayLike = 1.0
+    guidance: jax.typing.ArrayLike = 1.0
+
+
+@struct.dataclass
+class Walk:
+    """What a sampler returns.
+
+    Attributes:
+        tokens: int32 `[B, L]`.
+        network_calls: how often the network was evaluated, an int32 scalar; a guided step evaluates it twice.
+        trajectory: int32 `[n, B, L]`, the tokens after each step; None unless asked for.
     """
-    if isinstance(top_p, jax.core.Tracer):
-        return True
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; it must be in (0, 1], where 1 keeps every token.")
-    return top_p < 1
+
+    tokens: jax.Array
+    network_calls: jax.Array
+    trajectory: jax.Array | None = None
 
 
 @struct.dataclass
 class Carry:
     """What passes from one step to the next."""
 
-    z_t: jax.Array  # int32 [B, L]
+    states: tuple[jax.Array, ...]  # z_t int32 [B, L]; under guidance also the unconditional one
+    quiet: jax.Array  # [B], for how many steps a row has not changed
+    calls: jax.Array
 
 
 @struct.dataclass
@@ -97,73 +90,320 @@ class Step:
     key: jax.Array
     alpha_t: jax.Array
     alpha_s: jax.Array
+    kappa: jax.Array
     last: jax.Array  # whether this is the noise removal
 
 
-def _steps(key: jax.Array, settings: Settings) -> Step:
+def steps(key: jax.Array, settings: Settings) -> Step:
     """Returns the time grid as stacked steps; noise removal is the step to alpha_s = 1."""
-    t = jnp.linspace(1.0, LAST_T, settings.n_steps + 1)
-    alpha_t = settings.schedule.alpha(t)
+    n = settings.n_steps
+    psi = settings.psi if settings.sampler == "psi" else Psi.throughout("pure-posterior")
+    alpha_t = settings.schedule.alpha(jnp.asarray(psi.times(n, settings.schedule), jnp.float32))
     alpha_s = jnp.append(alpha_t[1:], 1.0)
-    steps = Step(
-        key=jax.random.split(key, settings.n_steps + 1),
+    stacked = Step(
+        key=jax.random.split(key, n + 1),
         alpha_t=alpha_t,
         alpha_s=alpha_s,
-        last=jnp.arange(settings.n_steps + 1) == settings.n_steps,
+        kappa=psi.kappas(alpha_t, alpha_s),
+        last=jnp.arange(n + 1) == n,
     )
-    return jax.tree.map(lambda x: x[: settings.network_calls], steps)
+    return jax.tree.map(lambda x: x[: settings.network_calls], stacked)
+
+
+def prior(key: jax.Array, shape: tuple[int, int], vocab_size: int, settings: Settings) -> jax.Array:
+    """Returns z_1, int32 of the given shape."""
+    if settings.process == "absorbing":
+        return jnp.full(shape, settings.mask_id, jnp.int32)
+    return uniform.prior_sample(key, shape, vocab_size)
+
+
+def _shape(logits: jax.Array, settings: Settings, knobs: Knobs, *, nucleus: bool = True) -> jax.Array:
+    """Applies the temperature and top_p to p, given by its logits `[..., K]`; of a score, to which token it reveals."""
+    if settings.process == "absorbing":
+        logits = categorical.without(as_float(logits), settings.mask_id)
+    shaped = as_float(logits) / knobs.temperature
+    if settings.nucleus and nucleus:
+        shaped = categorical.nucleus(shaped, knobs.top_p)
+    if settings.sampler == "analytic":
+        # How much is revealed is the score's total, which is not a matter of taste.
+        shaped = shaped + (jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(shaped, axis=-1))[..., None]
+    return shaped
+
+
+def _draw(keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings) -> jax.Array:
+    """Draws z_s `[...]` by the settings' step from z_t `[...]` and shaped logits `[..., K]`."""
+    if settings.process == "uniform":
+        z_s = uniform.mixture_step(keys, logits, z_t, step.alpha_s, step.alpha_t, step.kappa)
+        hidden = True
+    else:
+        mask = settings.mask_id
+        z_s = absorbing.mixture_step(keys, logits, z_t, step.alpha_s, step.alpha_t, mask, step.kappa)
+        if settings.sampler == "analytic":
+            # The removal reveals whatever is left; a score that is too small for it would leave masks.
+            dsigma = jnp.log(step.alpha_s) - jnp.log(step.alpha_t)
+            z_s = jnp.where(step.last, z_s, absorbing.sedd_step(keys, logits, z_t, dsigma, mask))
+        hidden = z_t == mask
+    if settings.noise_removal == "greedy":
+        top = jnp.argmax(logits, axis=-1).astype(z_s.dtype)
+        z_s = jnp.where(step.last & hidden, top, z_s)
+    return z_s
+
+
+def _log_table(logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings) -> jax.Array:
+    """log q(z_s | z_t) of the settings' step as a table `[..., K]`; log p itself where a greedy removal wants it."""
+    p = jax.nn.softmax(logits, axis=-1)
+    mask = settings.mask_id
+    if settings.process == "uniform":
+        posterior, noise = uniform.posterior, 1.0 / p.shape[-1]
+    else:
+        posterior = functools.partial(absorbing.posterior, mask_id=mask)
+        noise = jax.nn.one_hot(mask, p.shape[-1])
+        p = jnp.where((z_t == mask)[..., None], p, jax.nn.one_hot(z_t, p.shape[-1]))
+    again = step.alpha_s * posterior(p, z_t, 1.0, step.alpha_t) + (1.0 - step.alpha_s) * noise
+    q = step.kappa * posterior(p, z_t, step.alpha_s, step.alpha_t) + (1.0 - step.kappa) * again
+    if settings.noise_removal == "greedy":
+        q = jnp.where(step.last, p, q)
+    return jnp.log(q)
+
+
+def _draw_guided(
+    keys: jax.Array,
+    logits: tuple[jax.Array, ...],
+    states: tuple[jax.Array, ...],
+    step: Step,
+    settings: Settings,
+    g: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws z_s from softmax(g log q_cond + (1-g) log q_uncond), and the unconditional chain's own next state."""
+    conditional, free = (_log_table(values, z_t, step, settings) for values, z_t in zip(logits, states, strict=True))
+    mixed = g * jnp.maximum(conditional, jnp.log(_LEAST)) + (1.0 - g) * jnp.maximum(free, jnp.log(_LEAST))
+    mixed = jnp.where(jnp.isneginf(conditional) & (g != 0.0), -jnp.inf, mixed)
+    pairs = map_keys(jax.random.split, keys)
+    z_s, z_u = categorical.draw(pairs[..., 0], mixed), categorical.draw(pairs[..., 1], free)
+    if settings.noise_removal == "greedy":
+        z_s = jnp.where(step.last, jnp.argmax(mixed, axis=-1).astype(z_s.dtype), z_s)
+    return z_s, z_u
 
 
 def run(
-    predict: Predict,
+    denoise: Denoise,
     key: jax.Array,
-    shape: tuple[int, int],
+    given: Given,
     vocab_size: int,
     settings: Settings,
-    top_p: jax.typing.ArrayLike = 1.0,
-) -> jax.Array:
-    """Returns tokens int32 `[B, L]`, sampled by one scan over the network calls.
+    knobs: Knobs,
+    unconditional: Given | None = None,
+) -> Walk:
+    """Returns texts sampled by one scan over the network calls.
+
+    Known positions hold their clean tokens at every step, so the network sees them and the rest follows them. What that
+    means for the distribution is told in docs/sampling.md.
 
     Args:
-        predict: `predict(z_t, sigma [B], visitor, *per_token)`, as `Network.predict` makes it.
+        denoise: see the module.
         key: a typed PRNG key.
-        shape: (B, L).
+        given: the texts' shape and known tokens.
         vocab_size: K.
-        settings: static.
-        top_p: used where `settings.nucleus`.
+        settings: static; `process` is `uniform` or `absorbing`.
+        knobs: `top_p` is used where `settings.nucleus`, `guidance` where `settings.guided`.
+        unconditional: what the unconditional prediction is shown instead of `given` under guidance.
     """
+    shape = given.tokens.shape
     key_prior, key_steps = jax.random.split(key)
+    noise = prior(key_prior, shape, vocab_size, settings)
+    states = (given.fill(noise),)
+    if settings.guided:
+        states += (unconditional.fill(noise),)
 
-    def take(carry: Carry, step: Step) -> tuple[Carry, None]:
-        def visitor(logits: jax.Array, keys: jax.Array, z_t: jax.Array) -> jax.Array:
-            if settings.nucleus:
-                logits = categorical.nucleus(logits, top_p)
-            alpha_s, alpha_t = (jnp.full(z_t.shape, a) for a in (step.alpha_s, step.alpha_t))
-            z_s = uniform.mixture_step(keys, logits, z_t, alpha_s, alpha_t)
-            if settings.noise_removal == "greedy":
-                z_s = jnp.where(step.last, jnp.argmax(logits, axis=-1).astype(z_s.dtype), z_s)
-            return z_s
+    def visitor(step: Step, logits: tuple, keys: jax.Array, states: tuple) -> tuple[jax.Array, ...]:
+        if settings.guided:
+            shaped = tuple(_shape(values, settings, knobs, nucleus=i == 0) for i, values in enumerate(logits))
+            return _draw_guided(keys, shaped, states, step, settings, knobs.guidance)
+        return (_draw(keys, _shape(logits[0], settings, knobs), states[0], step, settings),)
 
+    def needed(carry: Carry, step: Step, keys: jax.Array) -> jax.Array | bool:
+        """Whether the step can change anything."""
+        if settings.early_stop:
+            return step.last | jnp.any(carry.quiet < settings.early_stop)
+        if settings.sampler == "ancestral_cache":
+            # Which tokens are revealed does not depend on what they become: the same keys decide it on the alphabet
+            # {text, mask}.
+            masked = carry.states[0] == settings.mask_id
+            blank = jnp.zeros((*shape, 2))
+            after = absorbing.mixture_step(keys, blank, masked.astype(jnp.int32), step.alpha_s, step.alpha_t, 1)
+            return jnp.any(masked & (after == 0) & ~given.held)
+        return True
+
+    def take(carry: Carry, step: Step) -> tuple[Carry, jax.Array | None]:
+        keys = token_keys(step.key, shape)
         sigma = jnp.full(shape[:1], schedules.sigma(step.alpha_t))
-        return Carry(predict(carry.z_t, sigma, visitor, token_keys(step.key, shape), carry.z_t)), None
 
-    start = Carry(uniform.prior_sample(key_prior, shape, vocab_size))
-    return jax.lax.scan(take, start, _steps(key_steps, settings))[0].z_t
+        def move(states: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            moved = denoise(states, sigma, functools.partial(visitor, step), keys, states)
+            z_s = given.fill(moved[0])
+            if not settings.guided:
+                return (z_s,)
+            # Where the prompt is, the unconditional text goes its own way; elsewhere the two are one.
+            return z_s, unconditional.fill(jnp.where(given.held, moved[1], z_s))
+
+        call = needed(carry, step, keys)
+        if call is True:
+            states, calls = move(carry.states), carry.calls + len(carry.states)
+        else:
+            states = jax.lax.cond(call, move, lambda states: states, carry.states)
+            calls = carry.calls + jnp.where(call, len(carry.states), 0)
+        quiet = carry.quiet
+        if settings.early_stop:
+            stopped = (carry.quiet >= settings.early_stop) & ~step.last
+            states = tuple(jnp.where(stopped[:, None], old, new) for old, new in zip(carry.states, states, strict=True))
+            quiet = jnp.where(jnp.all(states[0] == carry.states[0], axis=-1), carry.quiet + 1, 0)
+        return Carry(states, quiet, calls), states[0] if settings.trajectory else None
+
+    start = Carry(states, jnp.zeros(shape[:1], jnp.int32), jnp.zeros((), jnp.int32))
+    end, trajectory = jax.lax.scan(take, start, steps(key_steps, settings))
+    return Walk(end.states[0], end.calls, trajectory)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "shape", "settings", "shards"))
+def denoiser(network: Network, weights: Any, *, shards: int = 1) -> Denoise:
+    """Returns a network as the engine calls it, told the noise as its algorithm tells it in training.
+
+    MDLM's network does not know the time; D3PM's is told at most the sigma of its schedule's eps; SEDD's output is scaled
+    to its log-score. `shards` is how many devices the batch is split over, for the size of a chunk.
+    """
+    algo = network.algo
+
+    def told(sigma: jax.Array) -> jax.Array:
+        if algo == "mdlm":
+            return jnp.zeros_like(sigma)
+        return jnp.minimum(sigma, schedules.sigma(network.eps)) if algo == "d3pm" else sigma
+
+    def denoise(states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, *per_token: Any) -> Any:
+        hidden = tuple(network.hidden(weights, network.embed(weights, z), told(sigma)) for z in states)
+
+        def visit(hidden: tuple[jax.Array, ...], states: tuple[jax.Array, ...], *per_token: Any) -> Any:
+            logits = tuple(network.logits(weights, h) for h in hidden)
+            if algo == "sedd":
+                logits = tuple(
+                    absorbing.sedd_log_score(values, z, jnp.exp(-sigma))
+                    for values, z in zip(logits, states, strict=True)
+                )
+            return visitor(logits, *per_token)
+
+        chunk = network.chunk(sigma.shape[0], shards, networks=len(states))
+        return head.in_chunks(visit, hidden, states, *per_token, chunk=chunk)
+
+    return denoise
+
+
+@functools.partial(jax.jit, static_argnames=("network", "settings", "shards"))
 def sample_tokens(
     weights: Any,
     key: jax.Array,
-    top_p: jax.typing.ArrayLike,
+    given: Given,
+    knobs: Knobs,
+    unconditional: Given | None = None,
     *,
     network: Network,
-    shape: tuple[int, int],
     settings: Settings,
     shards: int = 1,
-) -> jax.Array:
-    """Returns tokens int32 `[B, L]` from a network; compiled once for each shape and settings, not for a key or `top_p`."""
-    return run(network.predict(weights, shards=shards), key, shape, network.vocab_size, settings, top_p)
+) -> Walk:
+    """Returns texts from a network, diffusion or autoregressive.
+
+    Compiled once for each shape and settings, not for a key, known tokens, `top_p`, temperature or guidance weight.
+    """
+    if settings.process == "autoregressive":
+        tokens = autoregressive.run(
+            network, weights, key, given.tokens, given.held, settings, knobs.top_p, knobs.temperature
+        )
+        return Walk(tokens, jnp.asarray(given.tokens.shape[1] - 1, jnp.int32))
+    denoise = denoiser(network, weights, shards=shards)
+    return run(denoise, key, given, network.vocab_size, settings, knobs, unconditional)
+
+
+def walk(
+    denoise_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    key: jax.Array,
+    shape: tuple[int, int],
+    vocab_size: int,
+    *,
+    schedule: schedules.Schedule,
+    n_steps: int,
+    sampler: str = "ancestral",
+    noise_removal: str = "ancestral",
+    top_p: jax.typing.ArrayLike = 1.0,
+    temperature: jax.typing.ArrayLike = 1.0,
+    psi: Psi | str | None = None,
+    process: str = "uniform",
+    mask_id: int | None = None,
+    score: bool = False,
+    tokens: jax.typing.ArrayLike | None = None,
+    held: jax.typing.ArrayLike | None = None,
+    unconditional_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    guidance: jax.typing.ArrayLike = 1.0,
+    early_stop: int = 0,
+    trajectory: bool = False,
+) -> Walk:
+    """Returns texts, with the network calls and the way there, from a denoiser that gives all its log-probabilities at once.
+
+    Pure, so it can be wrapped in `jax.jit`; without that, each call compiles its scan anew.
+
+    Args:
+        denoise_fn: `denoise_fn(z_t int32 [B, L], sigma [B]) -> log_p [B, L, K]`, in nats; log-scores with `score`.
+        key: a typed PRNG key.
+        shape: (B, L).
+        vocab_size: K, the mask included.
+        schedule: the noise schedule; sigma = -log alpha_t.
+        n_steps: steps of the time grid.
+        sampler: see `Settings`, as for `noise_removal`, `process`, `mask_id`, `score`, `early_stop`, `trajectory`.
+        noise_removal: the last call.
+        top_p: nucleus: the smallest set of tokens with this much probability is kept; 1 keeps all.
+        temperature: divides the logarithms of p.
+        psi: of the `psi` sampler: a `Psi`, or one kappa mode for all steps.
+        process: `uniform` or `absorbing`.
+        mask_id: the absorbing state's id.
+        score: `denoise_fn` gives log-scores (SEDD).
+        tokens: int `[B, L]` or `[L]`, known tokens.
+        held: bool of the same shape, where they are known.
+        unconditional_fn: a second denoiser, of which `guidance` leads away: softmax(g log q + (1-g) log q_u).
+        guidance: g; 1 is the first denoiser alone.
+        early_stop: unchanged steps after which a row is left as it is.
+        trajectory: whether to keep the tokens of every step.
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    if process == "autoregressive":
+        raise UserError("an autoregressive process has no denoiser; sample its network with duo_jax.sample.")
+    check_temperature(temperature)
+    settings = Settings(
+        n_steps=n_steps,
+        sampler=sampler,
+        noise_removal=noise_removal,
+        schedule=schedule,
+        nucleus=uses_nucleus(top_p),
+        process=process,
+        mask_id=mask_id,
+        score=score,
+        psi=as_psi(psi, sampler),
+        guided=unconditional_fn is not None,
+        early_stop=early_stop,
+        trajectory=trajectory,
+    )
+    functions = (denoise_fn,) if unconditional_fn is None else (denoise_fn, unconditional_fn)
+
+    def denoise(states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, *per_token: Any) -> Any:
+        logits = tuple(function(z, sigma) for function, z in zip(functions, states, strict=True))
+        return visitor(logits, *per_token)
+
+    if (tokens is None) != (held is None):
+        raise UserError("known tokens and the mask of where they are held come together; give both or neither.")
+    given = Given.nothing(shape)
+    if tokens is not None:
+        given = Given(
+            jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), shape), jnp.broadcast_to(jnp.asarray(held, bool), shape)
+        )
+    # Both denoisers see the same text: they differ in what they know beside it.
+    return run(denoise, key, given, vocab_size, settings, Knobs(top_p, temperature, guidance), given)
 
 
 def generate(
@@ -176,38 +416,26 @@ def generate(
     n_steps: int,
     sampler: str = "ancestral",
     noise_removal: str = "ancestral",
-    top_p: float = 1.0,
+    top_p: jax.typing.ArrayLike = 1.0,
+    **others: Any,
 ) -> jax.Array:
-    """Returns tokens int32 `[B, L]` from a denoiser that gives all its log-probabilities at once.
-
-    Pure, so it can be wrapped in `jax.jit`; without that, each call compiles its scan anew.
-
-    Args:
-        denoise_fn: `denoise_fn(z_t int32 [B, L], sigma [B]) -> log_p [B, L, K]`.
-        key: a PRNG key.
-        shape: (B, L).
-        vocab_size: K.
-        schedule: the noise schedule; sigma = -log alpha_t.
-        n_steps: steps of the time grid.
-        sampler: see `Settings`.
-        noise_removal: see `Settings`.
-        top_p: nucleus: the smallest set of tokens with this much probability is kept; 1 keeps all.
+    """Returns the tokens int32 `[B, L]` of `walk`, which see, also for the other keywords.
 
     Raises:
         UserError: a setting that cannot be.
     """
-    settings = Settings(n_steps, sampler, noise_removal, schedule, uses_nucleus(top_p))
-
-    def predict(z_t: jax.Array, sigma: jax.Array, visitor: Callable, *per_token: jax.Array) -> jax.Array:
-        return visitor(denoise_fn(z_t, sigma), *per_token)
-
-    return run(predict, key, shape, vocab_size, settings, top_p)
+    settings = {"sampler": sampler, "noise_removal": noise_removal, "top_p": top_p} | others
+    return walk(denoise_fn, key, shape, vocab_size, schedule=schedule, n_steps=n_steps, **settings).tokens
 
 
-def unigram_entropy(tokens: np.ndarray) -> np.ndarray:
-    """Returns each row's entropy in nats over its own token frequencies, `[B]`; low means that it repeats itself."""
-    rows = []
-    for row in np.asarray(tokens):
-        share = np.unique(row, return_counts=True)[1] / row.size
-        rows.append(-np.sum(share * np.log(share)))
-    return np.asarray(rows)
+def as_psi(psi: Psi | str | None, sampler: str) -> Psi:
+    """Returns the `Psi` that is meant: one kappa mode may stand for all, and None for the default.
+
+    Raises:
+        UserError: an unknown mode, or a `psi` for another sampler.
+    """
+    if psi is None:
+        return Psi()
+    if sampler != "psi":
+        raise UserError(f"psi was given, but the sampler is {sampler!r}; choose the sampler 'psi', or leave psi out.")
+    return Psi.throughout(psi) if isinstance(psi, str) else psi

@@ -58,7 +58,7 @@ def heldout(config: ConfigDict, folder: Path) -> pipeline.HeldoutBatches:
 
 
 def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float]:
-    """Returns the perplexities to compare with, of the same held-out tokens: token frequencies alone, and knowing nothing."""
+    """Returns the perplexities to compare with, of the same held-out tokens: of token frequencies, and of no knowledge."""
     everything = pipeline.heldout_batches(
         folder,
         length=config.model.length,
@@ -119,6 +119,7 @@ class Run:
             levels=levels(config, folder, network.vocab_size),
         )
         try:
+            run.sampler()  # a mistake in config.sample shows now, not at the first text
             yield run
         finally:
             run.writer.close()
@@ -217,8 +218,12 @@ class Run:
             plots.perplexity(self.workdir / "perplexity.png", *curves, self.levels, title)
         return result
 
-    def sample(self, step: int, ema: Any) -> str:
-        """Samples texts with the averaged weights, keeps them in a file, and returns the first."""
+    def sampler(self) -> tuple[sampling.Settings, sampling.prompts.Known]:
+        """Returns how texts are sampled during training, and how they begin.
+
+        Raises:
+            UserError: `config.sample` does not fit the network.
+        """
         config = self.config.sample
         settings = sampling.Settings.for_network(
             self.network,
@@ -226,16 +231,35 @@ class Run:
             sampler=config.sampler,
             noise_removal=config.noise_removal,
             top_p=config.top_p,
+            psi=sampling.as_psi(sampling.Psi.from_config(config), config.sampler),
+            early_stop=config.early_stop,
         )
-        tokens = sampling.sample_tokens(
+        # An autoregressive text begins with BOS, as does one with a prompt.
+        known = sampling.prompts.known(
+            self.tokenizer,
+            (config.batch_size, config.length or self.network.length),
+            prompt=config.prompt or ("" if self.network.algo == "ar" and not config.infill else None),
+            infill=config.infill or None,
+        )
+        sampling.texts.check_known(*known, self.network)
+        return settings, known
+
+    def sample(self, step: int, ema: Any) -> str:
+        """Samples texts with the averaged weights, keeps them in a file, and returns the first."""
+        config = self.config.sample
+        settings, known = self.sampler()
+        tokens = sampling.texts.sample(
             ema,
+            self.network,
+            settings,
             jax.random.key(config.seed),
-            config.top_p,
-            network=self.network,
-            shape=(config.batch_size, config.length or self.network.length),
-            settings=settings,
-        )
-        texts = [self.tokenizer.decode(row) for row in np.asarray(tokens)]
+            known,
+            knobs=sampling.Knobs(config.top_p, config.temperature),
+            bos_id=self.tokenizer.bos_id,
+            stride=config.stride or None,
+            mesh=self.mesh,
+        ).tokens
+        texts = [self.tokenizer.decode(row) for row in tokens]
         whole = "\n\n".join(f"--- {i + 1} ---\n{text}" for i, text in enumerate(texts)) + "\n"
         if self.primary:
             folder = self.workdir / "samples"

@@ -1,0 +1,11 @@
+"""From noise to text: every sampler, prompts and infilling, and texts of any number and length from a network."""
+
+from duo_jax.sampling import prompts, texts
+from duo_jax.sampling.engine import Given, Knobs, Walk, as_psi, denoiser, generate, run, sample_tokens, walk
+from duo_jax.sampling.results import unigram_entropy
+from duo_jax.sampling.settings import NOISE_REMOVALS, SAMPLERS, Psi, Settings, check_temperature, uses_nucleus
+
+__all__ = [
+    "NOISE_REMOVALS", "SAMPLERS", "Given", "Knobs", "Psi", "Settings", "Walk", "as_psi", "check_temperature", "denoiser",
+    "generate", "prompts", "run", "sample_tokens", "texts", "unigram_entropy", "uses_nucleus", "walk",
+]  # fmt: skip

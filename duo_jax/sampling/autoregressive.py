@@ -1,0 +1,49 @@
+"""The autoregressive baseline's sampler: one scan over the positions, with the keys and values of the past kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from duo_jax.diffusion import categorical
+from duo_jax.diffusion.arrays import token_keys
+from duo_jax.models.dit import DiT
+from duo_jax.models.network import Network
+from duo_jax.sampling.settings import Settings
+
+
+def run(
+    network: Network,
+    weights: Any,
+    key: jax.Array,
+    tokens: jax.Array,
+    held: jax.Array,
+    settings: Settings,
+    top_p: jax.typing.ArrayLike,
+    temperature: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Returns tokens int32 `[B, L]`, each drawn from the network's distribution given those before it.
+
+    `tokens [B, L]` stand where `held`, which must be so at position 0 (BOS). A later token that is held conditions what
+    follows it, but not what comes before: the network cannot look ahead.
+    """
+    batch, length = tokens.shape
+    module, variables = network.module, {"params": weights}
+
+    def take(carry: tuple[jax.Array, Any], step: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        current, cache = carry
+        keys, position, fixed, is_held = step
+        hidden, cache = module.apply(variables, current[:, None], cache, position, method=DiT.next_hidden)
+        logits = categorical.without(network.logits(weights, hidden[:, 0]), network.mask_id) / temperature
+        if settings.nucleus:
+            logits = categorical.nucleus(logits, top_p)
+        following = jnp.where(is_held, fixed, categorical.draw(keys, logits))
+        return (following, cache), following
+
+    keys = token_keys(key, (length - 1, batch))
+    cache = module.empty_cache(batch, length - 1)
+    steps = (keys, jnp.arange(length - 1), tokens[:, 1:].T, held[:, 1:].T)
+    _, rest = jax.lax.scan(take, (tokens[:, 0], cache), steps)
+    return jnp.concatenate([tokens[:, :1], rest.T], axis=1)

@@ -1,0 +1,173 @@
+"""Texts of any number and length: split into batches over the devices, and written on in strides beyond a row's length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from duo_jax.errors import UserError
+from duo_jax.models.network import Network
+from duo_jax.sampling import engine
+from duo_jax.sampling.prompts import Known
+from duo_jax.sampling.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What `sample` returns: tokens int32 `[B, L]`, the network calls for a batch (the most, where batches differ, summed
+    over strides), and the trajectory int32 `[n, B, L]` or None."""
+
+    tokens: np.ndarray
+    network_calls: int
+    trajectory: np.ndarray | None
+
+
+def check_known(tokens: np.ndarray, held: np.ndarray, network: Network) -> None:
+    """Raises UserError if held tokens cannot stand in the network's texts, or not where they do."""
+    if not held.any():
+        return
+    fixed = tokens[held]
+    if fixed.min() < 0 or fixed.max() >= network.vocab_size:
+        raise UserError(
+            f"held token ids must lie in [0, {network.vocab_size}); these reach {fixed.min()} to {fixed.max()}."
+        )
+    if network.algo in ("mdlm", "sedd", "d3pm") and (fixed == network.mask_id).any():
+        raise UserError(f"a held token is {network.mask_id}, the mask itself; leave such positions out of the mask.")
+    if network.algo == "ar" and (held[:, 1:] > held[:, :-1]).any():
+        raise UserError(
+            "infill holds tokens after a gap, which an autoregressive network cannot look ahead to; give a prompt, or "
+            "use a diffusion network."
+        )
+
+
+def sample(
+    weights: Any,
+    network: Network,
+    settings: Settings,
+    key: jax.Array,
+    known: Known,
+    *,
+    knobs: engine.Knobs,
+    bos_id: int,
+    unconditional: Known | None = None,
+    stride: int | None = None,
+    rows_at_once: int | None = None,
+    mesh: Mesh | None = None,
+    done: Callable[[int], None] = lambda rows: None,
+) -> Texts:
+    """Returns texts of the shape of `known`, all batches and strides by one compiled program.
+
+    A batch has `rows_at_once` rows (all if None), rounded up to a multiple of the devices. Texts longer than the network's
+    length are sampled in windows: each begins with BOS and the end of what has been written, and adds `stride` tokens
+    (half the network's length if None) to it.
+
+    Args:
+        weights: the network's parameters; with a `mesh`, already on it.
+        network: their network.
+        settings: static.
+        key: a typed PRNG key.
+        known: tokens and where they are held, `[B, L]`; see `prompts.known`.
+        knobs: traced settings.
+        bos_id: begins each window after the first.
+        unconditional: what guidance leads away from.
+        stride: new tokens a window.
+        rows_at_once: rows of a batch.
+        mesh: whose devices share the rows; this process's devices if None.
+        done: told the number of rows after each batch.
+
+    Raises:
+        UserError: held tokens that cannot be, or a stride that does not fit.
+    """
+    check_known(*known, network)
+    rows, length = known[0].shape
+    if length <= network.length:
+        if stride is not None:
+            raise UserError(f"stride is for texts longer than the network's {network.length} tokens, not {length}.")
+        window = length
+    else:
+        window = network.length
+        stride = window // 2 if stride is None else stride
+        if not 1 <= stride <= window - 2:
+            raise UserError(
+                f"stride is {stride}; it must be from 1 to {window - 2}, to leave room for BOS and a last token."
+            )
+        if settings.trajectory or settings.guided:
+            raise UserError(
+                "trajectory and guidance are for texts within the network's length; leave out one or the other."
+            )
+    if mesh is None:
+        mesh = Mesh(np.asarray(jax.local_devices()), ("rows",))
+        if mesh.size > 1:
+            weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    size = -(-min(rows_at_once or rows, rows) // mesh.size) * mesh.size
+
+    def put(part: Known) -> engine.Given:
+        # The last batch is filled up with copies of its last row, so that it is the same program.
+        full = (np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) for x in part)
+        return engine.Given(*(jax.device_put(x, split) for x in full))
+
+    def draw(key: jax.Array, part: Known, other: Known | None) -> engine.Walk:
+        free = None if other is None else put(other)
+        walk = engine.sample_tokens(
+            weights, key, put(part), knobs, free, network=network, settings=settings, shards=mesh.size
+        )
+        return jax.tree.map(fetch, walk)
+
+    blocks = []
+    for index, start in enumerate(range(0, rows, size)):
+        part, other = (pair and tuple(x[start : start + size] for x in pair) for pair in (known, unconditional))
+        block_key = jax.random.fold_in(key, index)
+        if length <= network.length:
+            walk = draw(block_key, part, other)
+        else:
+            walk = _in_strides(lambda k, part: draw(k, part, None), block_key, part, window, stride, bos_id)
+        n = len(part[0])
+        trajectory = None if walk.trajectory is None else walk.trajectory[:, :n]
+        blocks.append(Texts(np.asarray(walk.tokens)[:n], int(walk.network_calls), trajectory))
+        done(n)
+    return Texts(
+        np.concatenate([block.tokens for block in blocks]),
+        max(block.network_calls for block in blocks),
+        np.concatenate([block.trajectory for block in blocks], axis=1) if settings.trajectory else None,
+    )
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """Returns the whole of an array, also of one whose rows lie on other hosts."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+def _in_strides(
+    draw: Callable[[jax.Array, Known], engine.Walk],
+    key: jax.Array,
+    known: Known,
+    window: int,
+    stride: int,
+    bos_id: int,
+) -> engine.Walk:
+    """Writes a text longer than a window: the last token of a window but the last is dropped, a row's EOS in training."""
+    (tokens, held), length = (np.array(part) for part in known), known[0].shape[1]
+    calls, written = 0, 0
+    for index in range(length):
+        begin = max(0, min(written - (window - 2 - stride) - 1, length - window))
+        piece, fixed = tokens[:, begin : begin + window].copy(), held[:, begin : begin + window].copy()
+        if index:
+            # One place before the context stands BOS, as at the beginning of a row in training.
+            piece[:, 0] = bos_id
+            fixed[:, : written - begin] = True
+        walk = draw(jax.random.fold_in(key, index), (piece, fixed))
+        calls += int(walk.network_calls)
+        final = begin + window == length
+        end = length if final else begin + window - 1
+        tokens[:, written:end] = walk.tokens[: len(tokens), written - begin : end - begin]
+        written = end
+        if final:
+            break
+    return engine.Walk(tokens, np.asarray(calls))
