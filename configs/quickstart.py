@@ -1,23 +1,45 @@
-"""placeholder while tuning"""
+"""Duo on 10,033 Wikipedia paragraphs: a million parameters, on two CPU cores in a few minutes.
+
+    bash launch/quickstart.sh
+    python -m duo_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Score to expect: @@SCORE@@
+"""
+
+from ml_collections import ConfigDict
 
 from duo_jax import config as base
 
 
-def get_config():
+def get_config() -> ConfigDict:
+    """Returns a recipe in which each setting is what gets furthest in minutes.
+
+    A vocabulary of hundreds and short rows, as most of what is learnt in this time is which token follows which; and the
+    curriculum with a warm tau = 0.1, under which a network leaves the unigram plateau several times sooner than with the
+    discrete loss alone.
+    """
     config = base.default()
     config.model.size = "nano"
-    config.model.length = 128
+    config.model.length = 64
     config.model.dropout = 0.0
     config.data.tokenizer = "bpe"
-    config.train.steps = 200
+    config.data.bpe_size = 300
+
+    config.train.steps = 2_000
     config.train.batch_size = 32
-    config.train.log_every = 20
+    config.train.lr = 3e-3
     config.train.warmup = 100
-    config.train.lr = 1e-3
-    config.train.ema = 0.99
-    config.eval.every = 100
-    config.eval.batch_size = 32
-    config.checkpoint.every = 50
-    config.sample.every = 100
-    config.sample.n_steps = 32
+    config.train.ema = 0.995
+    config.train.log_every = 50
+
+    config.algo.curriculum.kind = "topk"
+    config.algo.curriculum.end = 700
+    config.algo.curriculum.tau_log10_start = -1.0
+    config.algo.curriculum.tau_log10_end = -1.0
+
+    config.eval.every = 250
+    config.eval.batch_size = 64
+    config.sample.every = 500
+    config.sample.n_steps = 64
+    config.checkpoint.every = 250
     return config
