@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only; a machine without a screen is the usual case
 
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 
 def perplexity(
@@ -17,31 +18,38 @@ def perplexity(
     train: list[tuple[int, float]],
     levels: dict[str, float],
     title: str,
+    marks: dict[str, int] | None = None,
 ) -> None:
     """Writes a PNG of held-out perplexity against steps, on a logarithmic scale.
 
     Args:
         path: the file.
         heldout: (step, perplexity), with EMA weights.
-        train: (step, perplexity) of training batches, noisier.
+        train: (step, exp(loss)) of training batches, under the objective of the moment.
         levels: horizontal lines to compare with, such as the unigram perplexity, by name.
         title: above the picture.
+        marks: vertical lines at steps, such as the end of a curriculum, by name.
     """
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     if train:
-        axes.plot(*zip(*train, strict=True), color="0.75", linewidth=1, label="training batches")
+        axes.plot(*zip(*train, strict=True), color="0.75", linewidth=1, label="exp(training loss)")
     if heldout:
         axes.plot(*zip(*heldout, strict=True), "o-", color="C0", markersize=4, label="held-out (EMA)")
         step, ppl = heldout[-1]
         axes.annotate(f"{ppl:.1f}", (step, ppl), textcoords="offset points", xytext=(0, -14), ha="center", color="C0")
     for (name, level), style in zip(levels.items(), ("--", ":", "-."), strict=False):
         axes.axhline(level, color="0.35", linestyle=style, linewidth=1, label=f"{name} ({level:.1f})")
+    for name, step in (marks or {}).items():
+        axes.axvline(step, color="C1", linestyle=":", linewidth=1, label=name)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("step")
     axes.set_ylabel("perplexity")
     axes.set_title(title)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9)
     figure.tight_layout()
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")

@@ -211,11 +211,14 @@ class Run:
                 [(row["step"], value(row)) for row in rows if name in row]
                 for name, value in (
                     ("heldout/ppl", lambda row: row["heldout/ppl"]),
-                    ("train/loss", lambda row: float(np.exp(row["train/loss"]))),
+                    ("train/loss", lambda row: float(np.exp(min(row["train/loss"], 20.0)))),
                 )
             ]
             title = f"{self.workdir.name}: {self.network.algo} on {self.config.data.source}"
-            plots.perplexity(self.workdir / "perplexity.png", *curves, self.levels, title)
+            end = self.config.algo.curriculum.end
+            in_sight = self.network.algo == "duo" and 0 < end < self.config.train.steps
+            marks = {"end of the curriculum": end} if in_sight else {}
+            plots.perplexity(self.workdir / "perplexity.png", *curves, self.levels, title, marks)
         return result
 
     def sampler(self) -> tuple[sampling.Settings, sampling.prompts.Known]:
