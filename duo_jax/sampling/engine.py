@@ -29,9 +29,6 @@ from duo_jax.sampling.settings import Psi, Settings, check_temperature, uses_nuc
 
 Denoise = Callable[..., Any]
 
-# Stands for log 0 of the prediction that guidance divides by.
-_LEAST = 1e-30
-
 
 @struct.dataclass
 class Given:
@@ -117,12 +114,12 @@ def prior(key: jax.Array, shape: tuple[int, int], vocab_size: int, settings: Set
     return uniform.prior_sample(key, shape, vocab_size)
 
 
-def _shape(logits: jax.Array, settings: Settings, knobs: Knobs, *, nucleus: bool = True) -> jax.Array:
+def _shape(logits: jax.Array, settings: Settings, knobs: Knobs) -> jax.Array:
     """Applies the temperature and top_p to p, given by its logits `[..., K]`; of a score, to which token it reveals."""
     if settings.process == "absorbing":
         logits = categorical.without(as_float(logits), settings.mask_id)
     shaped = as_float(logits) / knobs.temperature
-    if settings.nucleus and nucleus:
+    if settings.nucleus:
         shaped = categorical.nucleus(shaped, knobs.top_p)
     if settings.sampler == "analytic":
         # How much is revealed is the score's total, which is not a matter of taste.
@@ -166,18 +163,25 @@ def _log_table(logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings
     return jnp.log(q)
 
 
+def _guide(conditional: jax.Array, free: jax.Array, g: jax.typing.ArrayLike) -> jax.Array:
+    """g log q_cond + (1-g) log q_uncond `[..., K]`, from two tables of logarithms in which -inf may stand."""
+    # A token that the unconditional nucleus leaves out would have infinite weight: there q_cond speaks alone.
+    free = jnp.where(jnp.isneginf(free), conditional, free)
+    impossible = jnp.isneginf(conditional)
+    return jnp.where(impossible, -jnp.inf, g * jnp.where(impossible, 0.0, conditional) + (1.0 - g) * free)
+
+
 def _draw_guided(
     keys: jax.Array,
     logits: tuple[jax.Array, ...],
     states: tuple[jax.Array, ...],
     step: Step,
     settings: Settings,
-    g: Any,
+    g: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws z_s from softmax(g log q_cond + (1-g) log q_uncond), and the unconditional chain's own next state."""
     conditional, free = (_log_table(values, z_t, step, settings) for values, z_t in zip(logits, states, strict=True))
-    mixed = g * jnp.maximum(conditional, jnp.log(_LEAST)) + (1.0 - g) * jnp.maximum(free, jnp.log(_LEAST))
-    mixed = jnp.where(jnp.isneginf(conditional) & (g != 0.0), -jnp.inf, mixed)
+    mixed = _guide(conditional, free, g)
     pairs = map_keys(jax.random.split, keys)
     z_s, z_u = categorical.draw(pairs[..., 0], mixed), categorical.draw(pairs[..., 1], free)
     if settings.noise_removal == "greedy":
@@ -217,7 +221,7 @@ def run(
 
     def visitor(step: Step, logits: tuple, keys: jax.Array, states: tuple) -> tuple[jax.Array, ...]:
         if settings.guided:
-            shaped = tuple(_shape(values, settings, knobs, nucleus=i == 0) for i, values in enumerate(logits))
+            shaped = tuple(_shape(values, settings, knobs) for values in logits)
             return _draw_guided(keys, shaped, states, step, settings, knobs.guidance)
         return (_draw(keys, _shape(logits[0], settings, knobs), states[0], step, settings),)
 

@@ -137,10 +137,8 @@ class Psi:
                 f"psi's time_profile {self.time_profile} needs steps before and after its constant level: "
                 f"n_steps = {n_steps}, high_frac = {self.high_frac}, middle_frac = {self.middle_frac} leave none."
             )
-        # Each line holds both its ends; a line of one point is the end that the grid cannot do without.
-        first = np.linspace(1.0, at, high)
-        last = np.linspace(at, LAST_T, low) if low > 1 else np.array([LAST_T])
-        return np.concatenate([first, np.full(middle, at), last])
+        lines = np.linspace(1.0, at, high), np.full(middle, at), np.linspace(at, LAST_T, low)
+        return np.concatenate(lines)
 
     def kappas(self, alpha_t: jax.Array, alpha_s: jax.Array) -> jax.Array:
         """Returns kappa for the steps from `alpha_t [n+1]` to `alpha_s [n+1]`, the noise removal last."""
@@ -300,8 +298,8 @@ def uses_nucleus(top_p: jax.typing.ArrayLike) -> bool:
 
 
 def check_temperature(temperature: jax.typing.ArrayLike) -> None:
-    """Raises UserError unless a temperature is positive."""
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    """Raises UserError unless a temperature is at least 0.001, which is as good as greedy."""
+    if not isinstance(temperature, jax.core.Tracer) and not temperature >= 1e-3:
         raise UserError(
-            f"temperature is {temperature}; it must be positive, where 1 leaves the network's distribution."
+            f"temperature is {temperature}; it must be at least 0.001, where 1 leaves the network's distribution as it is."
         )

@@ -1,0 +1,267 @@
+"""Samplers on networks: every algorithm, prompts and gaps, strides, batches, devices, and what is compiled."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import ROOT
+from known_joint import FALSE_ALARM, p_value
+
+import duo_jax
+from duo_jax import sampling
+from duo_jax.diffusion import categorical
+from duo_jax.diffusion.arrays import token_keys
+from duo_jax.models.network import Network
+
+LENGTH = 12
+
+
+def make(algo, vocab=40, length=LENGTH, **sizes):
+    """A small network with random weights everywhere."""
+    sizes = {"dim": 16, "blocks": 2, "heads": 2, "cond_dim": 8} | sizes
+    network = Network(
+        algo=algo, vocab_size=vocab, mask_id=vocab - 1, length=length, dropout=0.0, precision="float32", attention="xla",
+        **sizes,
+    )  # fmt: skip
+    weights = network.init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(weights)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return network, jax.tree.unflatten(tree, noisy)
+
+
+@pytest.fixture(scope="module")
+def params(trained):
+    return duo_jax.load(trained)
+
+
+def of(params, algo):
+    """The trained network read as one of another algorithm; an autoregressive one does not look at adaLN's weights."""
+    network = params.network
+    return params.replace(network=dataclasses.replace(network, algo=algo, mask_id=network.vocab_size - 1))
+
+
+def test_the_cache_gives_what_the_whole_text_gives():
+    network, weights = make("ar")
+    tokens = jax.random.randint(jax.random.key(2), (3, LENGTH), 0, 39)
+    held = jnp.arange(LENGTH)[None] < jnp.array([1, 4, 1])[:, None]
+    settings = sampling.Settings.for_network(network, 1, top_p=0.9)
+    key, knobs = jax.random.key(3), sampling.Knobs(0.9, 0.8)
+    walk = sampling.sample_tokens(weights, key, sampling.Given(tokens, held), knobs, network=network, settings=settings)
+    assert int(walk.network_calls) == LENGTH - 1
+
+    # The same draws, each from a fresh pass over the whole text.
+    keys = token_keys(key, (LENGTH - 1, 3))
+
+    @jax.jit
+    def following(text, i):
+        logits = network.logits(weights, network.hidden(weights, network.embed(weights, text), None))
+        shaped = categorical.nucleus(categorical.without(logits[:, i], 39) / 0.8, 0.9)
+        return text.at[:, i + 1].set(jnp.where(held[:, i + 1], tokens[:, i + 1], categorical.draw(keys[i], shaped)))
+
+    text = tokens
+    for i in range(LENGTH - 1):
+        text = following(text, i)
+    np.testing.assert_array_equal(walk.tokens, text)
+    np.testing.assert_array_equal(walk.tokens[1, :4], tokens[1, :4])
+
+
+def test_autoregressive_texts_follow_the_networks_joint():
+    network, weights = make("ar", vocab=4, length=3, dim=8, blocks=1)
+    given = sampling.Given(jnp.zeros((10_000, 3), jnp.int32), jnp.broadcast_to(jnp.arange(3) == 0, (10_000, 3)))
+    settings = sampling.Settings.for_network(network, 1, sampler="autoregressive")
+    walk = sampling.sample_tokens(
+        weights, jax.random.key(4), given, sampling.Knobs(), network=network, settings=settings
+    )
+    texts = jnp.array([(0, a, b) for a, b in itertools.product(range(3), repeat=2)])
+    hidden = network.hidden(weights, network.embed(weights, texts), None)
+    log_p = jax.nn.log_softmax(categorical.without(network.logits(weights, hidden), 3), -1)
+    joint = np.exp(sum(np.asarray(log_p)[np.arange(9), i, texts[:, i + 1]] for i in range(2))).reshape(3, 3)
+    assert abs(joint.sum() - 1) < 1e-5
+    assert p_value(walk.tokens[:, 1:], joint) > FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    ("algo", "settings"),
+    [
+        ("mdlm", {"sampler": "ancestral_cache"}),
+        ("mdlm", {"sampler": "psi", "noise_removal": "greedy"}),
+        ("sedd", {"sampler": "analytic", "top_p": 0.9}),
+        ("d3pm", {}),
+        ("ar", {"temperature": 0.7}),
+        ("duo_base", {"sampler": "psi", "psi": "constant-0.9", "early_stop": 2}),
+        ("duo_base", {"guidance": 2.0, "negative_prompt": "no"}),
+        ("mdlm", {"guidance": 1.5, "top_p": 0.9}),
+    ],
+)
+def test_every_algorithm_samples_with_a_prompt(params, algo, settings):
+    result = duo_jax.sample(of(params, algo), n_steps=5, prompt="The town of", batch_size=2, length=20, **settings)
+    assert result.tokens.shape == (2, 20)
+    assert all(text.startswith("The town of") for text in result.text)
+    vocab = params.network.vocab_size
+    assert 0 <= result.tokens.min() <= result.tokens.max() < (vocab if algo.startswith("duo") else vocab - 1)
+    assert not np.array_equal(*result.tokens)
+    calls = {"ar": 19}.get(algo, 12 if "guidance" in settings else 6)
+    skips = "early_stop" in settings or settings.get("sampler") == "ancestral_cache"
+    assert result.network_calls <= calls if skips else result.network_calls == calls
+
+
+def test_gaps_are_filled(params):
+    result = duo_jax.sample(params, infill="The ___ is on the ____.", batch_size=2, length=30)
+    tokenizer = duo_jax.api.tokenizer_of(params.tokenizer)
+    first, second, third = (tokenizer.encode(piece) for piece in ("The", " is on the", "."))
+    free = 30 - 2 - len(first) - len(second) - len(third)
+    gaps = free - free // 2, free // 2
+    for row in result.tokens.tolist():
+        assert row[0] == tokenizer.bos_id
+        assert row[-1] == tokenizer.eos_id
+        row = row[1:-1]
+        assert row[: len(first)] == first
+        start = len(first) + gaps[0]
+        assert row[start : start + len(second)] == second
+        assert row[-len(third) :] == third
+        assert start + len(second) + gaps[1] + len(third) == 28
+
+
+def test_arrays_are_filled(params):
+    tokens, mask = np.full((2, 6), 50), np.zeros((2, 6), bool)
+    mask[0, 1], mask[1, 5] = True, True
+    result = duo_jax.sample(params, infill=(tokens, mask), batch_size=2, length=20)
+    assert result.tokens[0, 1] == result.tokens[1, 5] == 50
+    assert (result.tokens == 50).sum() < 12
+
+
+def test_neither_prompt_nor_seed_nor_temperature_compiles_anew(params):
+    def sample(**settings):
+        return duo_jax.sample(params, n_steps=2, top_p=0.9, length=20, batch_size=2, **settings)
+
+    sample()
+    before = sampling.sample_tokens._cache_size()
+    sample(prompt="A town", seed=3, temperature=0.7)
+    sample(infill="The ___ end")
+    sample(prompt=["One", "Another one"])
+    assert sampling.sample_tokens._cache_size() == before
+    sample(sampler="psi")
+    assert sampling.sample_tokens._cache_size() == before + 1
+
+
+def test_a_trajectory(params):
+    result = duo_jax.sample(params, n_steps=3, length=20, batch_size=3, rows_at_once=2, trajectory=True)
+    assert result.trajectory.shape == (4, 3, 20)
+    np.testing.assert_array_equal(result.trajectory[-1], result.tokens)
+    assert duo_jax.sample(params, n_steps=3, length=20).trajectory is None
+
+
+@pytest.mark.parametrize("algo", ["duo_base", "ar"])
+def test_long_texts_grow_in_strides(params, algo):
+    before = sampling.sample_tokens._cache_size()
+    result = duo_jax.sample(of(params, algo), n_steps=3, length=75, stride=20, batch_size=2, prompt="The river is")
+    assert result.tokens.shape == (2, 75)
+    assert sampling.sample_tokens._cache_size() == before + 1
+    assert all(text.startswith("The river is") for text in result.text)
+    # 31 tokens, then 20 and 20, then the rest.
+    assert result.network_calls == 4 * (31 if algo == "ar" else 4)
+
+
+def test_a_window_sees_the_end_of_what_was_written():
+    seen = []
+
+    def draw(key, part):
+        seen.append([x.copy() for x in part])
+        tokens = np.where(part[1], part[0], 100 * len(seen) + np.arange(part[0].shape[1]))
+        return sampling.Walk(tokens, np.int32(1))
+
+    length, window, stride = 19, 8, 4
+    known = np.zeros((1, length), np.int32), np.arange(length)[None] < 2
+    known[0][0, :2] = 1, 77
+    walk = sampling.texts._in_strides(draw, jax.random.key(0), known, window, stride, bos_id=1)
+    text = walk.tokens[0]
+    np.testing.assert_array_equal(text[:7], [1, 77, 102, 103, 104, 105, 106])
+    tokens, held = seen[1]
+    # BOS, the two last tokens, four new ones and one that is dropped.
+    assert tokens[0, :3].tolist() == [1, 105, 106]
+    assert held[0].tolist() == [True] * 3 + [False] * 5
+    np.testing.assert_array_equal(text[7:11], [203, 204, 205, 206])
+    assert walk.network_calls == len(seen) == 4
+    assert text[-1] == 407  # the last window's last token stays
+    assert (text > 0).all()
+
+
+def test_batches_are_split_and_joined(params):
+    assert (
+        len({tuple(row) for row in duo_jax.sample(params, length=20, batch_size=5, rows_at_once=2).tokens.tolist()})
+        == 5
+    )
+    done = []
+    settings = sampling.Settings.for_network(params.network, 2)
+    known = np.zeros((5, 20), np.int32), np.zeros((5, 20), bool)
+    texts = sampling.texts.sample(
+        params.weights, params.network, settings, jax.random.key(0), known, knobs=sampling.Knobs(), bos_id=0, rows_at_once=2,
+        done=done.append,
+    )  # fmt: skip
+    assert done == [2, 2, 1]
+    assert texts.tokens.shape == (5, 20)
+
+
+def test_two_devices_share_the_rows_and_give_the_same_texts(trained, params):
+    code = (
+        "import duo_jax, jax, json, sys; assert jax.device_count() == 2;"
+        "p = duo_jax.load(sys.argv[1]); kw = dict(n_steps=3, length=20, prompt='The town');"
+        "print(json.dumps([duo_jax.sample(p, batch_size=b, **kw).tokens.tolist() for b in (4, 3)]))"
+    )
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PATH": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(trained)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    four, three = json.loads(result.stdout.splitlines()[-1])
+    here = duo_jax.sample(params, n_steps=3, length=20, prompt="The town", batch_size=4)
+    np.testing.assert_array_equal(four, here.tokens)
+    assert four[:3] == three
+
+
+@pytest.mark.parametrize(
+    ("algo", "kwargs", "message"),
+    [
+        ("duo_base", {"prompt": "word " * 40}, "BOS and the prompt are .* more than the length 32"),
+        ("duo_base", {"infill": "word " * 40 + "___"}, "more than the length 32"),
+        ("duo_base", {"infill": "no gap"}, "has no gap"),
+        ("duo_base", {"infill": ([1] * 40, [True] * 40)}, "more than the length 32"),
+        ("duo_base", {"infill": ([1, 2], [True])}, "a mask of the same shape"),
+        ("duo_base", {"infill": ([400], [True])}, "must lie in"),
+        ("duo_base", {"infill": ([[1], [2]], [[True], [True]])}, "2 rows for 1 texts"),
+        ("duo_base", {"prompt": "a", "infill": "b ___"}, "both given"),
+        ("duo_base", {"prompt": "a \ud800 b"}, "cannot encode"),
+        ("duo_base", {"prompt": ["a", "b"]}, "2 prompts or infill texts were given for 1 texts"),
+        ("duo_base", {"sampler": "autoregressive"}, "does not fit a network of the uniform process"),
+        ("duo_base", {"guidance": 2.0}, "no prompt or infill to be guided by"),
+        ("duo_base", {"negative_prompt": "x"}, "guidance is 1"),
+        ("duo_base", {"stride": 4}, "stride is for texts longer"),
+        ("duo_base", {"length": 60, "stride": 31}, "from 1 to 30"),
+        ("duo_base", {"length": 60, "trajectory": True}, "within the network's length"),
+        ("duo_base", {"rows_at_once": 0}, "rows_at_once is 0"),
+        ("duo_base", {"temperature": -1.0}, "temperature is -1"),
+        ("ar", {"noise_removal": "greedy"}, "noise_removal is for diffusion networks"),
+        ("ar", {"sampler": "psi"}, "does not fit a network of the autoregressive process"),
+        ("ar", {"infill": "The ___ end"}, "cannot look ahead"),
+        ("ar", {"prompt": "x", "guidance": 2.0}, "guidance is for diffusion networks"),
+        ("mdlm", {"infill": ([299], [True])}, "the mask itself"),
+        ("mdlm", {"sampler": "analytic"}, "needs log-scores"),
+        ("sedd", {"sampler": "analytic", "prompt": "x", "guidance": 2.0}, "mixes posteriors"),
+    ],
+)
+def test_impossible_requests_get_one_line(params, algo, kwargs, message):
+    with pytest.raises(duo_jax.UserError, match=message) as error:
+        duo_jax.sample(of(params, algo), **kwargs)
+    assert "\n" not in str(error.value)
