@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, make_config, tiny_settings
 from known_joint import FALSE_ALARM, p_value
 
 import duo_jax
-from duo_jax import sampling
+from duo_jax import modes, sampling
 from duo_jax.diffusion import categorical
 from duo_jax.diffusion.arrays import token_keys
 from duo_jax.models.network import Network
@@ -229,6 +230,27 @@ def test_two_devices_share_the_rows_and_give_the_same_texts(trained, params):
     here = duo_jax.sample(params, n_steps=3, length=20, prompt="The town", batch_size=4)
     np.testing.assert_array_equal(four, here.tokens)
     assert four[:3] == three
+
+
+def test_the_sample_mode_writes_what_was_asked(trained, text_folder, tmp_path, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir)
+    chosen = {"n_steps": 3, "prompt": "The town", "num": 5, "batch_size": 2, "sampler": "psi", "psi.low": "pure-pc"}
+    config = make_config(tiny_settings(text_folder) | {f"sample.{name}": value for name, value in chosen.items()})
+    modes.sample(config, str(workdir))
+    rows = [json.loads(line) for line in (workdir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 5
+    printed = capsys.readouterr().out
+    for i, row in enumerate(rows):
+        assert row["text"].startswith("The town")
+        assert (f"--- {i + 1} (" in printed) == (i < 4)
+        assert len(row["tokens"]) == 32
+        np.testing.assert_allclose(row["entropy"], sampling.unigram_entropy([row["tokens"]])[0])
+    fixed = {name: rows[0][name] for name in ("network_calls", "n_steps", "sampler", "seed", "prompt", "rows_at_once")}
+    assert fixed == {
+        "network_calls": 4, "n_steps": 3, "sampler": "psi", "seed": 0, "prompt": "The town", "rows_at_once": 2,
+    }  # fmt: skip
+    assert rows[0]["psi"]["low"] == "pure-pc"
 
 
 @pytest.mark.parametrize(
