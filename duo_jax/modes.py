@@ -110,7 +110,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             jax.distributed.initialize()
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"config.distributed is set, but the hosts did not find each other: {str(error).splitlines()[0]} Start it under "
-                "SLURM, Open MPI or on a TPU pod, or leave it out on a single host."
+                f"config.distributed is set, but the hosts did not find each other: {str(error).splitlines()[0]} Start it "
+                "under SLURM, Open MPI or on a TPU pod, or leave it out on a single host."
             ) from error
     MODES[config.mode](config, workdir)
