@@ -8,7 +8,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "hub": ["datasets>=3.0"],
     "tpu": ["jax[tpu]"],
-    "test": ["mpmath>=1.3", "pyarrow>=17", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "scipy>=1.13"],
+    "test": ["mpmath>=1.3", "pyarrow>=17", "pytest>=8.0", "pytest-xdist>=3.6", "ruff==0.17.6", "scipy>=1.13"],
 }
 
 setup(

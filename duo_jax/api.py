@@ -50,7 +50,7 @@ class Score(NamedTuple):
     Attributes:
         nll: nats per token, an upper bound estimated by Monte Carlo.
         stderr: the standard error of that estimate.
-        tokens: how many tokens were scored, BOS and EOS included.
+        tokens: how many tokens were scored, BOS and EOS included (but for the given BOS of an autoregressive network).
     """
 
     nll: float
@@ -222,7 +222,10 @@ def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int 
         tokenizer = tokenizer_of(params.tokenizer)
         rows: list[Any] = _rows(tokenizer.encode(text_or_tokens), tokenizer, network.length)
     else:
-        tokens = np.atleast_2d(np.asarray(text_or_tokens))
+        try:
+            tokens = np.atleast_2d(np.asarray(text_or_tokens))
+        except ValueError as error:
+            raise UserError("the rows of tokens differ in length; score them one by one.") from error
         if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"tokens must be whole numbers of shape [L] or [B, L], not {tokens.dtype} {tokens.shape}.")
         if tokens.min() < 0 or tokens.max() >= network.vocab_size:
@@ -236,9 +239,11 @@ def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int 
     for i, block in enumerate(_blocks(rows)):
         batch = {"tokens": jax.device_put(block), "mask": np.ones(block.shape, np.float32)}
         keys = jax.random.split(jax.random.fold_in(key, i), n_samples)
-        sums = [likelihood.nll_sum(params.weights, batch, k, network=network)["nll"] for k in keys]
-        estimates += np.asarray(jax.device_get(sums), np.float64)
-        count += block.size
+        sums = jax.device_get([likelihood.nll_sum(params.weights, batch, k, network=network) for k in keys])
+        estimates += np.asarray([s["nll"] for s in sums], np.float64)
+        count += int(sums[0]["tokens"])
+    if not count:
+        raise UserError("there is nothing to score: an autoregressive network is given the first token of each row.")
     estimates /= count
     stderr = float(estimates.std(ddof=1) / math.sqrt(n_samples)) if n_samples > 1 else math.nan
     return Score(float(estimates.mean()), stderr, count)

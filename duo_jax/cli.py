@@ -32,10 +32,19 @@ def _load(path: str) -> ConfigDict:
             f"--config={path} is not a Python file; give one with get_config(), like configs/quickstart.py."
         )
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={path} has no get_config(); see configs/quickstart.py for one.")
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise UserError(f"--config={path} cannot be read: {type(error).__name__}: {error}.") from error
+    missing = config_lib.flatten(config_lib.default()).keys() - (
+        config_lib.flatten(config).keys() if isinstance(config, ConfigDict) else set()
+    )
+    if missing:
+        raise UserError(
+            f"--config={path}: its get_config() lacks {', '.join(sorted(missing)[:3])}; start from duo_jax.config.default()."
+        )
+    return config
 
 
 def _check_names(argv: list[str], config: ConfigDict) -> None:

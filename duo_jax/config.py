@@ -27,6 +27,7 @@ The knobs that papers rarely explain:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -223,7 +224,11 @@ def check(config: ConfigDict) -> None:
                  "algo.distillation.n_steps"):  # fmt: skip
         if flatten(config)[name] < 1:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be at least 1.")
-    for name in ("train.warmup", "eval.every", "eval.batches", "sample.every", "train.weight_decay", "data.workers",
+    for name, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{name} is {value}; it must be a finite number.")
+    for name in ("algo.curriculum.start", "algo.curriculum.end", "algo.distillation.dt_start", "algo.distillation.dt_end",
+                 "train.warmup", "eval.every", "eval.batches", "sample.every", "train.weight_decay", "data.workers",
                  "sample.num", "sample.stride", "sample.early_stop"):  # fmt: skip
         if flatten(config)[name] < 0:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must not be negative.")

@@ -50,10 +50,10 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
     folder = run_lib.prepared(config)
     tokenizer = prepare.load_tokenizer(folder)
-    if tokenizer.vocab_size != params.network.vocab_size:
+    if not api.tokenizer_of(params.tokenizer).same_as(tokenizer):
         raise UserError(
-            f"{folder} has {tokenizer.vocab_size} token ids, but the network in {workdir} {params.network.vocab_size}; "
-            "evaluate with the data settings it was trained with."
+            f"{folder} was made with another tokenizer than the network in {workdir}, so its ids mean other texts; evaluate "
+            "with the tokenizer and, for a trained BPE, the data that it was trained with."
         )
     batches = run_lib.heldout(config, folder)
     weights = partition.replicate(params.weights, mesh)
@@ -68,6 +68,8 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     _, step = checkpoint.find(workdir)
     report = {"step": step, "nll": result.nll, "bpd": result.bpd, "ppl": result.ppl, "tokens": result.tokens}
     report |= {f"{name}_ppl": level for name, level in levels.items()}
+    if jax.process_index():
+        return
     (Path(workdir) / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     progress.say(f"{workdir} at step {step:,}, {result.tokens:,} held-out tokens of {config.data.source}:")
     progress.say(f"  {run_lib.describe(result, levels)}")
@@ -113,4 +115,4 @@ def run(config: ConfigDict, workdir: str) -> None:
                 f"config.distributed is set, but the hosts did not find each other: {str(error).splitlines()[0]} Start it "
                 "under SLURM, Open MPI or on a TPU pod, or leave it out on a single host."
             ) from error
-    MODES[config.mode](config, workdir)
+    MODES[config.mode](config, str(Path(workdir).expanduser()))

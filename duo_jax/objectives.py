@@ -41,7 +41,7 @@ class Gaussian:
         dt: `doubling` or `linear`: how the distillation's step grows.
         round_length: steps after which the teacher becomes the student and, if doubling, dt doubles.
         n_steps: T; the first dt is 1/T.
-        dt_start, dt_end: of the linear growth.
+        dt_start, dt_end: of the linear growth, over `max_steps` steps.
         kl: `backward`, KL(student || teacher), or `forward`.
     """
 
@@ -124,9 +124,17 @@ class Objective:
         """The noise schedule of the discrete process."""
         return schedules.by_name(self.network.schedule, self.network.eps)
 
-    def times(self, key: jax.Array, x: jax.Array) -> jax.Array:
-        """Returns one time a row `[B]`, low-discrepancy over the whole batch."""
-        return schedules.sample_t(key, x.shape[0], self.network.eps_t)
+    def times(self, key: jax.Array, mask: jax.Array, eps: float | None = None) -> jax.Array:
+        """Returns one time a row `[B]` in [eps, 1], low-discrepancy over the rows of the whole batch that count.
+
+        Rows that only fill up a batch, whose `mask [B, L]` is 0, take no share of the times: those of the others would
+        otherwise not cover [eps, 1].
+        """
+        counts = jnp.any(mask > 0, axis=1)
+        rank = jnp.cumsum(counts) - counts
+        share = (rank + jax.random.uniform(key)) / jnp.maximum(jnp.sum(counts), 1)
+        eps = self.network.eps_t if eps is None else eps
+        return eps + (1.0 - eps) * jnp.minimum(share, 1.0)
 
     def dropout(self, key: jax.Array) -> jax.Array | None:
         """Returns the key for dropout, or None where it does not act."""
@@ -149,7 +157,8 @@ class Objective:
 def _mean(nll: jax.Array, mask: jax.Array) -> tuple[jax.Array, Aux]:
     """Averages nats per token `[B, L]` over the tokens that count."""
     mask = mask.astype(nll.dtype)
-    total, tokens = jnp.sum(nll * mask), jnp.sum(mask)
+    # A token that is left out may cost infinitely much, as PAD does where it cannot be predicted; 0 times that is NaN.
+    total, tokens = jnp.sum(jnp.where(mask > 0, nll * mask, 0.0)), jnp.sum(mask)
     return total / jnp.maximum(tokens, 1), {"nll": total, "tokens": tokens}
 
 
@@ -168,7 +177,7 @@ def duo_base(this: Objective) -> LossFn:
         del step  # the same objective from the first step to the last
         key_t, key_z, key_dropout = jax.random.split(key, 3)
         x = batch["tokens"]
-        t = this.times(key_t, x)
+        t = this.times(key_t, batch["mask"])
         alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
         z_t = uniform.q_sample(key_z, x, alpha_t, this.network.vocab_size)
         nll = this.nll(
@@ -214,7 +223,7 @@ def duo(this: Objective) -> LossFn:
     def loss_fn(params: Weights, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         key_t, key_z, key_dropout = jax.random.split(key, 3)
         x = batch["tokens"]
-        t = this.times(key_t, x)
+        t = this.times(key_t, batch["mask"])
 
         def curriculum() -> tuple[jax.Array, ...]:
             tau = duality.tau(step, gaussian.start, gaussian.end, gaussian.tau_log10_start, gaussian.tau_log10_end)
@@ -258,7 +267,7 @@ def dcd(this: Objective, teacher: Weights) -> LossFn:
             dt = distillation.doubling_dt(step, gaussian.round_length, gaussian.n_steps)
         else:
             dt = distillation.linear_dt(step, gaussian.max_steps, gaussian.dt_start, gaussian.dt_end)
-        t, s = distillation.pair_times(this.times(key_t, x), dt)
+        t, s = distillation.pair_times(this.times(key_t, batch["mask"]), dt)
         z_t, z_s = distillation.trajectory_pair(key_z, x, gaussian.gamma(t), gaussian.gamma(s), net.vocab_size)
 
         def hidden(weights: Weights, z: jax.Array, t: jax.Array, dropout: jax.Array | None) -> jax.Array:
@@ -285,7 +294,7 @@ def mdlm(this: Objective) -> LossFn:
         del step
         key_t, key_z, key_dropout = jax.random.split(key, 3)
         x = batch["tokens"]
-        t = this.times(key_t, x)
+        t = this.times(key_t, batch["mask"])
         alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
         z_t = absorbing.q_sample(key_z, x, alpha_t, net.mask_id)
         spread = _spread(x, alpha_t, dalpha_t)
@@ -306,7 +315,7 @@ def sedd(this: Objective) -> LossFn:
         del step
         key_t, key_z, key_dropout = jax.random.split(key, 3)
         x = batch["tokens"]
-        t = this.times(key_t, x)
+        t = this.times(key_t, batch["mask"])
         alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
         z_t = absorbing.q_sample(key_z, x, alpha_t, net.mask_id)
         spread = _spread(x, alpha_t, dalpha_t)
@@ -326,7 +335,7 @@ def d3pm(this: Objective) -> LossFn:
         key_t, key_z, *key_dropout = jax.random.split(key, 4)
         x = batch["tokens"]
         # The chain's times are 1/T, 2/T, ..., 1.
-        t = jnp.clip(jnp.ceil(schedules.sample_t(key_t, x.shape[0], 0.0) * n_steps), 1, n_steps) / n_steps
+        t = jnp.clip(jnp.ceil(this.times(key_t, batch["mask"], 0.0) * n_steps), 1, n_steps) / n_steps
         alpha_t = 1.0 - t
         z_t = absorbing.q_sample(key_z, x, alpha_t, net.mask_id)
         # At t = 1 alpha is 0 and its sigma infinite; the network is told the last finite one.

@@ -1,5 +1,6 @@
 """The Python door, on a trained network."""
 
+import dataclasses
 import json
 import shutil
 
@@ -38,6 +39,15 @@ def test_a_path_without_a_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     with pytest.raises(duo_jax.UserError, match="no checkpoint"):
         duo_jax.load(tmp_path / "checkpoints" / "5")
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "30").mkdir()
+    assert duo_jax.load(tmp_path / "run").network.vocab_size == 300, "an empty folder is no checkpoint"
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20" / "ema")
+    with pytest.raises(duo_jax.UserError, match="20 is damaged"):
+        duo_jax.load(tmp_path / "run")
 
 
 def test_sample(params):
@@ -88,11 +98,25 @@ def test_score_estimates_the_bound(params):
     assert duo_jax.score(params, "").tokens == 2
 
 
+def test_an_autoregressive_score_counts_what_is_predicted(params):
+    net = dataclasses.replace(params.network, algo="ar")
+    untrained = params.replace(network=net, weights=net.init(jax.random.key(0)))
+    # All logits are equal, and PAD is never predicted.
+    for length in (2, 5, 30):
+        score = duo_jax.score(untrained, np.arange(length), n_samples=2)
+        assert score.nll == pytest.approx(np.log(299), rel=1e-5)
+        assert score.tokens == length - 1
+    with pytest.raises(duo_jax.UserError, match="nothing to score"):
+        duo_jax.score(untrained, [5])
+
+
 def test_scores_that_cannot_be_are_refused(params):
     with pytest.raises(duo_jax.UserError, match="at least 1 estimate"):
         duo_jax.score(params, "text", n_samples=0)
     with pytest.raises(duo_jax.UserError, match="token ids must lie in"):
         duo_jax.score(params, [1, 2, 300])
+    with pytest.raises(duo_jax.UserError, match="differ in length"):
+        duo_jax.score(params, [[1, 2], [3]])
     with pytest.raises(duo_jax.UserError, match="whole numbers"):
         duo_jax.score(params, np.zeros((2, 3)))
 
@@ -114,6 +138,14 @@ def test_eval_and_sample_from_the_command_line(trained, text_folder, tmp_path):
     assert rows[0]["text"] in second.stdout
     assert rows[0]["n_steps"] == 4
     assert len(rows[0]["tokens"]) == 32
+
+    (tmp_path / "other.txt").write_text(
+        "\n\n".join(f"Ein ganz anderer Text, Absatz {i}, über nichts." for i in range(400))
+    )
+    changed = {"data.path": str(tmp_path / "other.txt"), "data.dir": str(tmp_path / "shards"), "mode": "eval"}
+    third = run(command("configs/quickstart.py", workdir, {**settings, **changed}))
+    assert third.returncode == 2
+    assert "another tokenizer" in third.stderr
 
     other = run(command("configs/quickstart.py", workdir, {**settings, "mode": "sample", "model.dim": 64}))
     assert other.returncode == 2

@@ -38,6 +38,23 @@ def test_a_mistake_gets_one_clear_line(args, expected):
     assert not (ROOT / "unused").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("def get_config(): return None", "lacks"),
+        ("x = 1", "get_config"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read(tmp_path, text, expected):
+    (tmp_path / "bad.py").write_text(text)
+    result = run([*MAIN, f"--config={tmp_path / 'bad.py'}", "--workdir=x"])
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_help_is_help():
     result = run([*MAIN, "--helpshort"])
     assert "--config" in result.stdout + result.stderr

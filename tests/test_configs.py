@@ -57,6 +57,8 @@ def test_a_recipe_traces(path):
         ({"algo.schedule": "linear"}, "choose one of log_linear, cosine"),
         ({"mesh.data": 0}, "config.mesh.data"),
         ({"eval.batches": -1}, "config.eval.batches"),
+        ({"train.lr": float("nan")}, "must be a finite number"),
+        ({"algo.curriculum.start": -5}, "must not be negative"),
     ],
 )
 def test_impossible_values_are_refused(settings, message):

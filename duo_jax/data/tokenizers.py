@@ -117,6 +117,16 @@ class Tokenizer(abc.ABC):
         (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self._save(folder)
 
+    def same_as(self, other: "Tokenizer") -> bool:
+        """Whether two tokenizers give every id the same text, and cut a probe of prose, digits and symbols alike."""
+        probe = "The quick brown fox jumps over the lazy dog;  0123456789 (naïve: 東京!)\n"
+        ids = range(self.vocab_size)
+        return (
+            (self.name, self.vocab_size) == (other.name, other.vocab_size)
+            and self.encode(probe) == other.encode(probe)
+            and all(self.decode([i], special=True) == other.decode([i], special=True) for i in ids)
+        )
+
     @abc.abstractmethod
     def _encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 

@@ -19,6 +19,10 @@ from duo_jax.errors import UserError
 _MIN_NOISE = 1e-8
 
 
+# Beyond this a score's exponential, or that of its gradient, overflows float32.
+_MAX_LOG_SCORE = 60.0
+
+
 def q_sample(key: jax.Array, x: jax.Array, alpha_t: jax.typing.ArrayLike, mask_id: int) -> jax.Array:
     """Draws z_t ~ Cat(alpha_t x + (1-alpha_t) mask) (MDLM, eq. 1): x int `[B, L]`, to int32 `[B, L]`."""
     masked = jax.random.uniform(key, x.shape) < 1.0 - per_token(alpha_t, x.shape)
@@ -114,7 +118,7 @@ def sedd_log_score(logits: jax.Array, z_t: jax.Array, alpha: jax.typing.ArrayLik
     alpha = as_float(per_token(alpha, z_t.shape))
     offset = _log_expm1_sigma(alpha) + math.log(vocab_size - 1)
     own = jax.nn.one_hot(z_t, vocab_size, dtype=jnp.bool_)
-    return jnp.where(own, 0.0, as_float(logits) - offset[..., None])
+    return jnp.where(own, 0.0, jnp.minimum(as_float(logits) - offset[..., None], _MAX_LOG_SCORE))
 
 
 def _log_expm1_sigma(alpha: jax.Array) -> jax.Array:

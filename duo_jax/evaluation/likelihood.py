@@ -74,15 +74,17 @@ def evaluate(
     return Likelihood(sum(float(s["nll"]) for s in sums) / tokens, tokens)
 
 
-def unigram(counts: np.ndarray, batches: Iterable[dict[str, np.ndarray]]) -> Likelihood:
+def unigram(counts: np.ndarray, batches: Iterable[dict[str, np.ndarray]], given: int = 0) -> Likelihood:
     """Returns how well token frequencies alone predict the same held-out tokens.
 
     Args:
         counts: occurrences `[K]` of each token in the training rows; one is added to each, so that none is impossible.
         batches: as for `evaluate`.
+        given: so many tokens at the start of each row are given, not predicted.
     """
     nll = np.log(counts.sum() + counts.size) - np.log(counts + 1.0)
     heldout = np.zeros(counts.size, np.int64)
     for batch in batches:
-        heldout += np.bincount(batch["tokens"][batch["mask"] > 0], minlength=counts.size)
+        tokens, mask = batch["tokens"][:, given:], batch["mask"][:, given:]
+        heldout += np.bincount(tokens[mask > 0], minlength=counts.size)
     return Likelihood(float((heldout * nll).sum() / heldout.sum()), int(heldout.sum()))

@@ -8,10 +8,12 @@ marked complete at the end, so a kill at any moment leaves the ones before it wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,18 @@ def _full_disk(error: BaseException) -> bool:
 def _rest(state: TrainState) -> dict[str, Any]:
     """What a checkpoint keeps beside the weights."""
     return {"step": state.step, "opt_state": state.opt_state, "key": state.key, "teacher": state.teacher}
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turns what Orbax raises on a damaged checkpoint into one sentence."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{folder} is damaged ({reason}); remove it, and the checkpoint before it will be used."
+        ) from error
 
 
 class Checkpoints:
@@ -99,7 +113,8 @@ class Checkpoints:
 
     def record(self, step: int) -> dict[str, Any]:
         """Returns the record that was saved with a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        with _readable(self.folder / str(step)):
+            return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state, placed as the shapes and shardings of `like` say, and the data position."""
@@ -109,7 +124,8 @@ class Checkpoints:
             rest=ocp.args.StandardRestore(_rest(like)),
             data=ocp.args.JsonRestore(),
         )
-        got = self._manager.restore(step, args=items)
+        with _readable(self.folder / str(step)):
+            got = self._manager.restore(step, args=items)
         return TrainState(params=got["params"], ema=got["ema"], **got["rest"]), got["data"]
 
     def wait(self) -> None:
@@ -151,6 +167,7 @@ def find(path: str | Path) -> tuple[Path, int]:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run's workdir or one of its folders {FOLDER}/STEP.")
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    steps = [step for step in steps if (folder / str(step) / "record").is_dir()]
     if not steps:
         raise UserError(f"{path} holds no checkpoint; give a run's workdir or one of its folders {FOLDER}/STEP.")
     return folder.parent, max(steps)
@@ -176,11 +193,11 @@ def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]
         network = Network(**about["network"])
     except (KeyError, TypeError, FileNotFoundError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is no checkpoint of duo_jax, or a damaged one: {error}.") from error
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         jax.eval_shape(network.init, jax.random.key(0)),
     )
-    with ocp.StandardCheckpointer() as reader:
+    with _readable(folder), ocp.StandardCheckpointer() as reader:
         weights = reader.restore(folder / ("ema" if ema else "params"), like)
     return Params(weights=weights, network=network, tokenizer=str(workdir / TOKENIZER)), about

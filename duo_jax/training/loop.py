@@ -157,13 +157,14 @@ def train(config: ConfigDict, workdir: str) -> None:
     Raises:
         UserError: what a user can put right, in one sentence.
     """
-    with Run.open(config, workdir) as run, Interrupt().watch() as interrupt:
+    with Run.open(config, workdir) as run:
         initial, step_fn, like = compile_step(config, run)
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
         try:
-            state = resume(config, run, checkpoints, initial, like)
-            run.start(int(state.step), state.params)
-            state = take_steps(config, run, state, step_fn, checkpoints, interrupt)
+            with Interrupt().watch() as interrupt:
+                state = resume(config, run, checkpoints, initial, like)
+                run.start(int(state.step), state.params)
+                state = take_steps(config, run, state, step_fn, checkpoints, interrupt)
         finally:
             checkpoints.close()
         step = int(state.step)
@@ -190,6 +191,14 @@ def take_steps(
             rate = f", {scalars['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in scalars else ""
             bar.set_postfix_str(f"loss {scalars['loss']:.3f}{rate}", refresh=False)
 
+    def report(step: int) -> None:
+        for every, act in ((config.eval.every, run.evaluate), (config.sample.every, run.sample)):
+            if due(every, step):
+                act(step, state.ema)
+                meter.restart_clock()
+
+    if start and not run.evaluated(start):
+        report(start)  # the run was killed between its checkpoint and what was due with it
     with progress.bar(total=total, initial=start, desc="training", unit=" steps", disable=not run.primary) as bar:
         for step in range(start + 1, total + 1):
             batch = partition.put(next(run.batches), run.mesh)
@@ -209,8 +218,5 @@ def take_steps(
                 meter.restart_clock()
             if stopped:
                 break
-            for every, act in ((config.eval.every, run.evaluate), (config.sample.every, run.sample)):
-                if due(every, step):
-                    act(step, state.ema)
-                    meter.restart_clock()
+            report(step)
     return state

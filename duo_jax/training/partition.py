@@ -78,5 +78,5 @@ def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns a copy of a pytree on every device of the mesh."""
-    return jax.device_put(tree, replicated(mesh))
+    """Returns a copy of a pytree on every device of the mesh; each process gives the same values."""
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))

@@ -34,6 +34,14 @@ from duo_jax.models import network as network_lib
 from duo_jax.models.network import Network, Weights
 from duo_jax.training import checkpoint, partition, writers
 
+# Token frequencies are settled long before a billion-token training set is read through.
+_UNIGRAM_ROWS = 100_000
+
+
+def _process(algo: str) -> str:
+    """The diffusion process an algorithm's network knows; networks of one process may start from each other."""
+    return "uniform" if algo in ("duo", "duo_base", "dcd") else algo
+
 
 def prepared(config: ConfigDict) -> Path:
     """Returns the folder of token shards; the first process makes it if need be, and the others wait."""
@@ -66,8 +74,9 @@ def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float
         packing=config.data.packing,
         max_batches=config.eval.batches or None,
     )
-    counts = pipeline.unigram_counts(folder, config.model.length, config.data.packing)
-    return {"unigram": likelihood.unigram(counts, everything).ppl, "uniform": float(vocab_size)}
+    counts = pipeline.unigram_counts(folder, config.model.length, config.data.packing, max_rows=_UNIGRAM_ROWS)
+    given = int(config.algo.name == "ar")  # its first token, BOS, is not predicted
+    return {"unigram": likelihood.unigram(counts, everything, given).ppl, "uniform": float(vocab_size)}
 
 
 @dataclasses.dataclass
@@ -160,17 +169,16 @@ class Run:
             for net in (params.network, self.network)
         )
         different = [f"{name} is {want[name]}, there {have[name]}" for name in have if have[name] != want[name]]
-        if (self.network.algo == "ar") != (params.network.algo == "ar"):
+        if _process(self.network.algo) != _process(params.network.algo):
             different.append(f"algo is {self.network.algo}, there {params.network.algo}")
-        probe = "The quick brown fox jumps over the lazy dog; 0123456789."
-        if not different and tokenizers.load(params.tokenizer).encode(probe) != self.tokenizer.encode(probe):
+        if not different and not tokenizers.load(params.tokenizer).same_as(self.tokenizer):
             different.append("the tokenizer is another one")
         if different:
             raise UserError(
                 f"config.init_from = {self.config.init_from} does not fit the config: {'; '.join(different)}."
             )
         self.say(f"Starting from the EMA weights in {self.config.init_from}.")
-        return params.weights
+        return partition.replicate(params.weights, self.mesh)
 
     def start(self, step: int, params: Any) -> None:
         """Says what is about to be trained, and opens the files of the run."""
@@ -196,13 +204,19 @@ class Run:
         """Records numbers under a step."""
         self.writer.write_scalars(step, scalars)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the metrics have an evaluation of this step already, as after a resume."""
+        rows = writers.read_jsonl(self.workdir / "metrics.jsonl")
+        return any(row["step"] == step and "heldout/ppl" in row for row in rows)
+
     def evaluate(self, step: int, ema: Any) -> likelihood.Likelihood:
         """Measures held-out likelihood with the averaged weights, records it and draws the picture anew."""
         result = likelihood.evaluate(
             ema, self.network, self.heldout, lambda batch: partition.put(batch, self.mesh), shards=self.mesh.size
         )
         scalars = {"heldout/nll": result.nll, "heldout/bpd": result.bpd, "heldout/ppl": result.ppl}
-        self.write(step, scalars | {f"heldout/{name}_ppl": level for name, level in self.levels.items()})
+        if not self.evaluated(step):
+            self.write(step, scalars | {f"heldout/{name}_ppl": level for name, level in self.levels.items()})
         self.say(f"step {step:,}: held-out {describe(result, self.levels)}")
         if self.primary:
             self.writer.flush()

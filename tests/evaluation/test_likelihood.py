@@ -28,7 +28,9 @@ def test_unigram_is_the_cross_entropy_of_the_counts():
 
 def test_the_plot_is_a_picture(tmp_path):
     path = tmp_path / "plot.png"
-    plots.perplexity(path, [(10, 90.0), (20, 60.0)], [(5, 100.0)], {"unigram": 80.0, "uniform": 300.0}, "a run", {"end": 15})
+    plots.perplexity(
+        path, [(10, 90.0), (20, 60.0)], [(5, 100.0)], {"unigram": 80.0, "uniform": 300.0}, "a run", {"end": 15}
+    )
     assert path.read_bytes()[:4] == b"\x89PNG"
     plots.perplexity(path, [], [], {"uniform": 300.0}, "an empty run")
     assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]

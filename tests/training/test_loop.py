@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -127,13 +128,23 @@ def test_another_runs_checkpoint_is_refused(trained, text_folder):
 
 
 def test_a_finished_run_reports_again_and_changes_nothing(trained, text_folder, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     loop.train(make_config(tiny_settings(text_folder)), str(copy))
     assert "Done: 20 steps, 0 of them now" in capsys.readouterr().out
     assert_same_state(trained, copy, 20)
+    assert (copy / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
+
+
+def test_what_was_due_with_the_last_checkpoint_is_done_on_resuming(trained, text_folder, tmp_path):
+    # As if the run had been killed after the checkpoint of step 20, before the evaluation due then.
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    rows = writers.read_jsonl(copy / "metrics.jsonl")
+    kept = [row for row in rows if not (row["step"] == 20 and "heldout/ppl" in row)]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    loop.train(make_config({**tiny_settings(text_folder), "train.steps": 25}), str(copy))
+    assert [row["step"] for row in writers.read_jsonl(copy / "metrics.jsonl") if "heldout/ppl" in row] == [10, 20, 25]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(text_folder, tmp_path):

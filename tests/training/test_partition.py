@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, make_config, tiny_settings
+from helpers import ROOT, command, make_config, run, tiny_settings
 
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
@@ -24,7 +24,7 @@ from helpers import make_config
 config = make_config(json.loads(sys.argv[1]))
 with Run.open(config, sys.argv[2]) as run:
     initial, step, _ = loop.compile_step(config, run)
-    state, losses = initial(), []
+    state, losses = initial(run.start_from()), []
     for _ in range(3):
         state, metrics = step(state, partition.put(next(run.batches), run.mesh))
         losses.append(float(metrics["loss"]))
@@ -63,6 +63,13 @@ def test_four_devices_compute_what_one_does(text_folder, tmp_path):
         np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-5)
         np.testing.assert_allclose(other["sum"], one["sum"], rtol=1e-5)
         assert other["compiled"] == 1
+    source = tmp_path / "source"
+    result = run(
+        command("configs/quickstart.py", source, {**settings, "train.steps": 1, "eval.every": 0, "sample.every": 0})
+    )
+    assert result.returncode == 0, result.stderr
+    distilled = steps({**settings, "algo.name": "dcd", "init_from": str(source), "mesh.fsdp": 2}, tmp_path, devices=4)
+    assert np.isfinite(distilled["losses"]).all()
     assert one["share"] == data["share"] == [1.0, 1.0]
     assert fsdp["share"] == [0.5, 0.5]
 
