@@ -233,6 +233,8 @@ def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int 
                 f"token ids must lie in [0, {network.vocab_size}); these reach {tokens.min()} to {tokens.max()}."
             )
         rows = list(tokens)
+    if network.algo == "ar" and min(len(row) for row in rows) < 2:
+        raise UserError("there is nothing to score: an autoregressive network is given the first token of each row.")
     estimates = np.zeros(n_samples)
     count = 0
     key = jax.random.key(seed)
@@ -242,8 +244,6 @@ def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int 
         sums = jax.device_get([likelihood.nll_sum(params.weights, batch, k, network=network) for k in keys])
         estimates += np.asarray([s["nll"] for s in sums], np.float64)
         count += int(sums[0]["tokens"])
-    if not count:
-        raise UserError("there is nothing to score: an autoregressive network is given the first token of each row.")
     estimates /= count
     stderr = float(estimates.std(ddof=1) / math.sqrt(n_samples)) if n_samples > 1 else math.nan
     return Score(float(estimates.mean()), stderr, count)
