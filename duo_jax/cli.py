@@ -120,7 +120,12 @@ def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
             _fail(error)
 
     def call(_: list[str]) -> None:
-        logging.getLogger("duo_jax").setLevel(logging.INFO)
+        plain = logging.StreamHandler()
+        plain.setFormatter(logging.Formatter("%(message)s"))
+        ours = logging.getLogger("duo_jax")
+        ours.setLevel(logging.INFO)
+        ours.addHandler(plain)
+        ours.propagate = False  # absl would print it once more, behind its time stamp
         try:
             config = flags.FLAGS.config
             config_lib.check(config)
