@@ -1,0 +1,55 @@
+"""Several hosts, as two processes on this machine: training, evaluation, and starting from a checkpoint."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, tiny_settings
+
+HOST = """
+import json, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from duo_jax import modes
+from helpers import make_config
+settings, workdir = json.loads(sys.argv[3]), sys.argv[4]
+modes.run(make_config(settings), workdir + "/first")
+modes.run(make_config({**settings, "mode": "eval"}), workdir + "/first")
+modes.run(make_config({**settings, "algo.name": "dcd", "init_from": workdir + "/first"}), workdir + "/second")
+print(json.dumps({"processes": jax.process_count(), "devices": jax.device_count()}))
+"""
+
+
+def test_two_processes_train_evaluate_and_distil_together(text_folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    settings = {**tiny_settings(text_folder), "train.steps": 4, "eval.every": 0, "sample.every": 0}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, address, str(index), json.dumps(settings), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        results = [host.communicate(timeout=300) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    for host, (out, err) in zip(hosts, results, strict=True):
+        assert host.returncode == 0, err
+        assert json.loads(out.splitlines()[-1]) == {"processes": 2, "devices": 2}
+    assert "Done: 4 steps" in results[0][0]
+    assert "Done:" not in results[1][0], "one process speaks for all"
+    evaluated = json.loads((tmp_path / "first" / "eval.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    assert evaluated["ppl"] == pytest.approx(rows[-1]["heldout/ppl"], rel=1e-6)
+    assert (tmp_path / "second" / "checkpoints" / "4").is_dir()
