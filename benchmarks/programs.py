@@ -1,0 +1,227 @@
+"""The programs that are measured: the train step and the sampler, as training and `duo_jax.sample` compile them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from duo_jax import config as config_lib
+from duo_jax import sampling
+from duo_jax.data import tokenizers
+from duo_jax.errors import UserError
+from duo_jax.models.network import Network
+from duo_jax.sampling import engine
+from duo_jax.training import loop, partition
+
+# A step that no run reaches: a curriculum that ends there goes on, and one that ends at 0 is over.
+_NEVER = 2**30
+PHASES = ("full", "topk", "discrete")
+
+
+def vocabulary(config: ConfigDict, asked: int | None) -> int:
+    """Returns K: as asked, or the size of the config's tokenizer.
+
+    Raises:
+        UserError: fewer than two tokens and a mask.
+    """
+    size = tokenizers.vocab_size(config.data.tokenizer, config.data.bpe_size) if asked is None else asked
+    if size < 3:
+        raise UserError(f"--vocab_size is {size}; it must be at least 3: two tokens, and one to mask with.")
+    return size
+
+
+def changed(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
+    """Returns a copy of the config with some settings changed, `{"train.batch_size": 8, ...}`."""
+    config = copy.deepcopy(config).unlock()
+    config.update_from_flattened_dict(dict(settings))
+    config_lib.check(_checkable(config))
+    return config.lock()
+
+
+def _checkable(config: ConfigDict) -> ConfigDict:
+    """A distillation that is only measured needs no weights to start from."""
+    config = copy.deepcopy(config)
+    config.init_from = config.init_from or "random weights"
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained: an algorithm, and of `duo` the phase: `full` or `topk` curriculum, or `discrete` after it."""
+
+    algo: str
+    phase: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """Returns the case that `duo:topk` or `mdlm` names.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        algo, _, phase = text.partition(":")
+        if algo not in config_lib.ALGORITHMS or (algo == "duo") != (phase in PHASES) or (algo != "duo" and phase):
+            names = ", ".join(map(str, all_cases()))
+            raise UserError(f"--cases: there is no case {text!r}; choose from {names}, or all.")
+        return cls(algo, phase or None)
+
+    def __str__(self) -> str:
+        return self.algo if self.phase is None else f"{self.algo}:{self.phase}"
+
+    def apply(self, config: ConfigDict) -> ConfigDict:
+        """Returns the config that is in this phase from its first step on."""
+        settings: dict[str, Any] = {"algo.name": self.algo}
+        if self.phase is not None:
+            settings |= {"algo.curriculum.start": 0, "algo.curriculum.end": 0 if self.phase == "discrete" else _NEVER}
+        if self.phase in ("full", "topk"):
+            settings["algo.curriculum.kind"] = self.phase
+        return changed(config, settings)
+
+
+def all_cases() -> list[Case]:
+    """Returns every case there is."""
+    duo = [Case("duo", phase) for phase in PHASES]
+    return duo + [Case(algo) for algo in config_lib.ALGORITHMS if algo != "duo"]
+
+
+def usual_cases(config: ConfigDict) -> list[Case]:
+    """Returns what a run of the config consists of."""
+    if config.algo.name != "duo":
+        return [Case(config.algo.name)]
+    return [Case("duo", config.algo.curriculum.kind), Case("duo", "discrete")]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What `loop.compile_step` asks of a run; the run itself would want data on disk."""
+
+    network: Network
+    mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A train step, not compiled yet.
+
+    Attributes:
+        network: what is trained.
+        mesh: the devices.
+        initial: makes the first state; see `loop.compile_step`.
+        lowered: the step for a batch of the config's size.
+    """
+
+    network: Network
+    mesh: Mesh
+    initial: Any
+    lowered: jax.stages.Lowered
+
+
+def training(config: ConfigDict, vocab_size: int) -> Training:
+    """Returns the train step of a config, from shapes alone: nothing is allocated.
+
+    Raises:
+        UserError: the config describes no network, or a batch that the devices do not divide.
+    """
+    mesh = partition.create_mesh(config.mesh)
+    batch_size = config.train.batch_size
+    partition.check_batch(mesh, "train.batch_size", batch_size)
+    network = Network.from_config(config, vocab_size)
+    initial, step, state = loop.compile_step(config, _Run(network, mesh))
+    rows = jax.ShapeDtypeStruct((batch_size, network.length), np.int32, sharding=partition.batch_sharding(mesh))
+    return Training(network, mesh, initial, step.lower(state, {"tokens": rows, "mask": rows}))
+
+
+def batch(config: ConfigDict, plan: Training) -> dict[str, jax.Array]:
+    """Returns random text on the devices: what a batch holds makes no difference to its cost."""
+    shape = (config.train.batch_size, plan.network.length)
+    tokens = np.random.default_rng(0).integers(0, plan.network.vocab_size - 1, shape, dtype=np.int32)
+    return partition.put({"tokens": tokens, "mask": np.ones(shape, np.int32)}, plan.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """A sampler, not compiled yet; `lowered` takes `(weights, key, given, knobs, None)`."""
+
+    network: Network
+    settings: sampling.Settings
+    rows: NamedSharding
+    lowered: jax.stages.Lowered
+
+    @property
+    def devices(self) -> int:
+        """How many devices share the texts."""
+        return self.rows.mesh.size
+
+
+def sampler(config: ConfigDict, vocab_size: int) -> Sampling:
+    """Returns the sampler of `config.sample`, from shapes alone.
+
+    Raises:
+        UserError: a setting that does not fit the network, or a batch that the devices do not divide.
+    """
+    network, chosen = Network.from_config(config, vocab_size), config.sample
+    settings = sampling.Settings.for_network(
+        network,
+        chosen.n_steps,
+        sampler=chosen.sampler,
+        noise_removal=chosen.noise_removal,
+        top_p=chosen.top_p,
+        psi=sampling.as_psi(sampling.Psi.from_config(chosen), chosen.sampler),
+        early_stop=chosen.early_stop,
+    )
+    mesh = Mesh(np.asarray(jax.local_devices()), ("rows",))
+    partition.check_batch(mesh, "sample.batch_size", chosen.batch_size)
+    rows, whole = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
+    weights = jax.eval_shape(network.init, jax.random.key(0))
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), weights)
+    shape = (chosen.batch_size, _length(config))
+    given = engine.Given(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (np.int32, np.bool_)))
+    lowered = engine.sample_tokens.lower(
+        weights,
+        jax.eval_shape(jax.random.key, 0),
+        given,
+        knobs(config),
+        None,
+        network=network,
+        settings=settings,
+        shards=mesh.size,
+    )
+    return Sampling(network, settings, rows, lowered)
+
+
+def _length(config: ConfigDict) -> int:
+    """A text's length; longer ones than the network's are written in windows of that."""
+    return min(config.sample.length or config.model.length, config.model.length)
+
+
+def knobs(config: ConfigDict) -> engine.Knobs:
+    """Returns the sampler's traced settings."""
+    return engine.Knobs(config.sample.top_p, config.sample.temperature)
+
+
+def nothing_given(config: ConfigDict, plan: Sampling) -> engine.Given:
+    """Returns texts on the devices of which nothing is known but an autoregressive one's first token."""
+    given = engine.Given.nothing((config.sample.batch_size, _length(config)))
+    if plan.network.algo == "ar":
+        given = given.replace(held=given.held.at[:, 0].set(True))
+    return jax.device_put(given, plan.rows)
+
+
+def random_weights(plan: Sampling) -> Any:
+    """Returns weights on the devices that predict something: fresh ones have a head of zeros, and all tokens tie."""
+
+    def make(key: jax.Array) -> Any:
+        weights = plan.network.init(key)
+        leaves, tree = jax.tree.flatten(weights)
+        keys = jax.random.split(key, len(leaves))
+        noisy = [x + 0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(tree, noisy)
+
+    return jax.jit(make, out_shardings=NamedSharding(plan.rows.mesh, PartitionSpec()))(jax.random.key(0))

@@ -1,0 +1,71 @@
+"""Tables for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duo_jax.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+def table(rows: Iterable[Row], columns: Mapping[str, str]) -> str:
+    """Returns a Markdown table, aligned; a row that lacks a column has a dash there.
+
+    Args:
+        rows: one mapping a line.
+        columns: each column's name in the rows, and its heading.
+    """
+    cells = [list(columns.values())] + [[show(row.get(name)) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+
+
+def show(value: Any) -> str:
+    """Returns a cell: three digits of a fraction, whole numbers with their thousands apart."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """Returns p of y ~ x^p by least squares on the logarithms; None for fewer than two different x."""
+    logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
+    if len({x for x, _ in logs}) < 2:
+        return None
+    mean_x, mean_y = (sum(part) / len(logs) for part in zip(*logs, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def check_folder(out: str | None) -> Path | None:
+    """Returns the folder for results, made if need be; it is asked for before any work is done.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if not out:
+        return None
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be made a folder: {error.strerror}.") from error
+    return folder
+
+
+def save(folder: Path | None, name: str, report: Mapping[str, Any], text: str) -> None:
+    """Writes NAME.json and NAME.md to the folder, if there is one, and says so."""
+    if folder is None:
+        return
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    print(f"written to {folder / name}.json and .md")

@@ -1,0 +1,197 @@
+"""What a training step costs, of any config and algorithm:
+
+    python -m benchmarks.train --config=configs/tiny.py --config.train.batch_size=8 --config.model.length=128
+    python -m benchmarks.train --config=configs/tiny.py --cases=duo:full,duo:topk,mdlm --out=runs/bench
+    python -m benchmarks.train --config=configs/tiny.py --sweep=batch:1,2,4,8
+
+The step is the one that training compiles, on random tokens. Cases are algorithms, and of duo the phases `duo:full`,
+`duo:topk` (the curriculum) and `duo:discrete` (after it); `--cases=all` takes them all. A sweep measures the growth with
+`batch`, `length`, `vocab` or `blocks`. Each measurement has a process of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import flops, measure, programs, report
+from duo_jax import cli
+from duo_jax.errors import UserError
+
+COLUMNS = {
+    "case": "case", "batch": "B", "length": "L", "vocab": "K", "blocks": "blocks", "dtype": "dtype",
+    "median_ms": "step ms", "best_ms": "best ms", "tokens_per_s": "tokens/s", "mfu_percent": "MFU %",
+    "peak_gflops": "matmul GFLOP/s", "rss_mib": "RSS MiB", "device_peak_mib": "device MiB",
+    "temporary_mib": "temp MiB", "total_mib": "program MiB", "compile_s": "compile s", "error": "error",
+}  # fmt: skip
+# What a sweep varies, and the setting behind it; the vocabulary is none.
+SWEEPS = {"batch": "train.batch_size", "length": "model.length", "blocks": "model.blocks", "vocab": None}
+
+
+def measure_case(config: ConfigDict, case: programs.Case, vocab_size: int, steps: int) -> dict[str, Any]:
+    """Returns what a case costs; of a process that does nothing else.
+
+    The matrix units' peak is taken before and after the steps that are timed, and after the memory is read.
+    """
+    baseline = measure.rss()
+    config = case.apply(config)
+    plan = programs.training(config, vocab_size)
+    network = plan.network
+    row: dict[str, Any] = {
+        "case": str(case), "batch": config.train.batch_size, "length": network.length, "vocab": vocab_size,
+        "blocks": network.blocks, "dim": network.dim, "dtype": network.dtype.name,
+        "environment": measure.environment(),
+    }  # fmt: skip
+    try:
+        step, compile_s = measure.compiled(plan.lowered)
+        row |= {"compile_s": compile_s, **measure.memory_columns(step), "rss_compiled_mib": measure.mib(measure.rss())}
+        state, batch = plan.initial(None), programs.batch(config, plan)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        row |= {
+            "rss_baseline_mib": measure.mib(baseline),
+            "rss_mib": measure.mib(measure.rss()),
+            "device_peak_mib": measure.mib(measure.device_peak()),
+        }
+        before = measure.matmul_peak(network.dtype)
+        taken = step_times(step, state, batch, steps)
+        after = measure.matmul_peak(network.dtype)
+    except jax.errors.JaxRuntimeError as error:
+        if not measure.out_of_memory(error):
+            raise
+        return row | {"error": "out of memory"}
+    work = config.train.batch_size * flops.train_row(network, network.length, relaxed=case.phase == "full")
+    tokens = config.train.batch_size * network.length
+    return row | measure.speed_columns(taken, tokens, work, (before, after), plan.mesh.size) | {"times_s": taken}
+
+
+def step_times(step: Any, state: Any, batch: dict[str, jax.Array], steps: int) -> list[float]:
+    """Returns the seconds between the ends of steps, with one more step queued always, as training has it."""
+    ends, waiting = [], None
+    for _ in range(steps + 2):
+        state, metrics = step(state, batch)
+        if waiting is not None:
+            jax.block_until_ready(waiting)
+            ends.append(time.perf_counter())
+        waiting = metrics
+    jax.block_until_ready(waiting)
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def parse_sweep(text: str) -> tuple[str, list[int]]:
+    """Returns what `batch:1,2,4` varies, and its values.
+
+    Raises:
+        UserError: it varies nothing known, or a value is no positive number.
+    """
+    name, _, values = text.partition(":")
+    if name not in SWEEPS or not all(value.isdigit() and int(value) for value in values.split(",")):
+        raise UserError(
+            f"--sweep is {text!r}; give one of {', '.join(SWEEPS)} with positive numbers, as in batch:1,2,4."
+        )
+    return name, [int(value) for value in values.split(",")]
+
+
+def variants(config: ConfigDict, vocab_size: int, sweep: str | None) -> list[tuple[ConfigDict, int]]:
+    """Returns the configs and vocabularies that a sweep goes through; the given ones alone without it."""
+    if not sweep:
+        return [(config, vocab_size)]
+    name, values = parse_sweep(sweep)
+    if name == "vocab":
+        return [(config, programs.vocabulary(config, value)) for value in values]
+    return [(programs.changed(config, {SWEEPS[name]: value}), vocab_size) for value in values]
+
+
+def growth(rows: Sequence[report.Row], name: str) -> list[dict[str, Any]]:
+    """Returns for each case how step time and memory grow with what was swept: the p of x^p."""
+    found = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of = [row for row in rows if row["case"] == case]
+        powers = {
+            column: report.exponent([(row[name], row[column]) for row in of if row.get(column)])
+            for column in ("median_ms", "temporary_mib", "total_mib", "rss_mib", "model_gflop", "compile_s")
+        }
+        found.append({"case": case, "with": name, **powers})
+    return found
+
+
+def run(
+    config: ConfigDict, *, vocab_size: int | None, cases: Sequence[str], steps: int, sweep: str | None
+) -> dict[str, Any]:
+    """Returns the report: where, and a row a measurement, and with a sweep the growth."""
+    if steps < 1:
+        raise UserError(f"--steps is {steps}; it must be at least 1.")
+    chosen = programs.all_cases() if list(cases) == ["all"] else [programs.Case.parse(name) for name in cases]
+    rows = []
+    todo = list(
+        itertools.product(
+            chosen or programs.usual_cases(config),
+            variants(config, programs.vocabulary(config, vocab_size), sweep),
+        )
+    )
+    for case, (variant, size) in todo:
+        rows.append(measure.in_fresh_process(measure_case, variant, case, size, steps))
+        print(f"{len(rows)} of {len(todo)}: {describe(rows[-1])}", flush=True)
+    found = {"environment": rows[0]["environment"], "steps": steps, "rows": rows}
+    return found | ({"growth": growth(rows, parse_sweep(sweep)[0])} if sweep else {})
+
+
+def describe(row: report.Row) -> str:
+    """Returns a line to read while the others are being measured."""
+    if "error" in row:
+        return f"{row['case']}: {row['error']}"
+    return f"{row['case']}, B = {row['batch']}: {row['median_ms']:,.1f} ms, {row['tokens_per_s']:,.0f} tokens/s"
+
+
+def used(rows: Sequence[report.Row]) -> dict[str, str]:
+    """Returns the columns that some row has."""
+    return {name: title for name, title in COLUMNS.items() if any(row.get(name) is not None for row in rows)}
+
+
+def text(found: dict[str, Any]) -> str:
+    """Returns the report to read."""
+    where, rows = found["environment"], found["rows"]
+    parts = [
+        f"Training on {where['devices']} x {where['device']} ({where['platform']}), jax {where['jax']}, median of "
+        f"{found['steps']} steps; MFU is model FLOPs against the matmul peak of the same process.",
+        report.table(rows, used(rows)),
+    ]
+    if "growth" in found:
+        titles = {
+            "case": "case", "with": "x", "median_ms": "time ~ x^", "model_gflop": "model FLOPs ~ x^",
+            "temporary_mib": "temp memory ~ x^", "total_mib": "program memory ~ x^", "rss_mib": "RSS ~ x^",
+            "compile_s": "compile ~ x^",
+        }  # fmt: skip
+        parts.append(report.table(found["growth"], titles))
+    return "\n\n".join(parts)
+
+
+def main(config: ConfigDict) -> None:
+    """Measures as the flags say."""
+    options = flags.FLAGS
+    folder = report.check_folder(options.out)
+    found = run(
+        config,
+        vocab_size=options.vocab_size,
+        cases=options.cases,
+        steps=options.steps,
+        sweep=options.sweep,
+    )
+    print(f"\n{text(found)}\n")
+    report.save(folder, "train", found, text(found))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
+    flags.DEFINE_list("cases", [], "What to train: duo:full,duo:topk,duo:discrete,duo_base,...; all; the config's own.")
+    flags.DEFINE_integer("steps", 10, "Steps to time.")
+    flags.DEFINE_string("sweep", None, "Growth with batch, length, vocab or blocks, as in batch:1,2,4.")
+    flags.DEFINE_string("out", None, "A folder for train.json and train.md.")
+    cli.run(main)
