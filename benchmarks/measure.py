@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import multiprocessing
 import statistics
 import time
@@ -18,8 +17,10 @@ import jax.numpy as jnp
 from duo_jax import cli
 from duo_jax.errors import UserError
 
-# Large enough for the matrix units to be busy, small enough for one product to take well below a second.
-_PEAK_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+# Sides of the matrices whose product tells a device's peak, and products asked for at a time: large enough for the matrix
+# units to be busy, small enough for seconds. A fast device would otherwise wait for the next request.
+_PEAK = {"cpu": (2048, 1)}
+_PEAK_ELSEWHERE = (8192, 4)
 _STATUS = Path("/proc/self/status")
 MIB = 2**20
 
@@ -115,22 +116,23 @@ def seconds(call: Callable[[], Any], times: int) -> list[float]:
     return taken
 
 
-def matmul_peak(dtype: jnp.dtype, *, size: int | None = None, times: int = 5, queued: int = 3) -> float:
-    """Returns the FLOP/s of the default device on a product of two large square matrices: the best of some tries.
+def matmul_peak(dtype: jnp.dtype, *, times: int = 5) -> float:
+    """Returns the FLOP/s of the default device on products of large square matrices of a type: the best of some tries.
 
-    Args:
-        dtype: of the factors; the product is in the same precision as the network's, JAX's default.
-        size: of the matrices; by the device if None.
-        times: tries.
-        queued: products a try, so that a fast device need not wait for each to be asked for.
+    In JAX's default precision for the type, which is also the network's.
     """
-    size = size or _PEAK_SIZE[jax.devices()[0].platform]
+    size, queued = _PEAK.get(jax.devices()[0].platform, _PEAK_ELSEWHERE)
     keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, (size, size)).astype(dtype) for key in keys)
-    product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
-    jax.block_until_ready(product(a, b))
-    best = min(seconds(lambda: [product(a, b) for _ in range(queued)], times))
-    return queued * 2 * size**3 / best
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
+    product = jax.jit(jnp.matmul)
+
+    def products() -> jax.Array:
+        for _ in range(queued - 1):
+            product(a, b)
+        return product(a, b)
+
+    jax.block_until_ready(products())
+    return queued * 2 * size**3 / min(seconds(products, times))
 
 
 def mib(size: int | None) -> float | None:

@@ -179,13 +179,13 @@ def sampler(config: ConfigDict, vocab_size: int) -> Sampling:
     mesh = Mesh(np.asarray(jax.local_devices()), ("rows",))
     partition.check_batch(mesh, "sample.batch_size", chosen.batch_size)
     rows, whole = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
-    weights = jax.eval_shape(network.init, jax.random.key(0))
+    weights = jax.eval_shape(network.init, key())
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), weights)
     shape = (chosen.batch_size, _length(config))
     given = engine.Given(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (np.int32, np.bool_)))
     lowered = engine.sample_tokens.lower(
         weights,
-        jax.eval_shape(jax.random.key, 0),
+        jax.eval_shape(key),
         given,
         knobs(config),
         None,
@@ -199,6 +199,11 @@ def sampler(config: ConfigDict, vocab_size: int) -> Sampling:
 def _length(config: ConfigDict) -> int:
     """A text's length; longer ones than the network's are written in windows of that."""
     return min(config.sample.length or config.model.length, config.model.length)
+
+
+def key() -> jax.Array:
+    """Returns the key of every text."""
+    return jax.random.key(0)
 
 
 def knobs(config: ConfigDict) -> engine.Knobs:
@@ -224,4 +229,4 @@ def random_weights(plan: Sampling) -> Any:
         noisy = [x + 0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(tree, noisy)
 
-    return jax.jit(make, out_shardings=NamedSharding(plan.rows.mesh, PartitionSpec()))(jax.random.key(0))
+    return jax.jit(make, out_shardings=NamedSharding(plan.rows.mesh, PartitionSpec()))(key())

@@ -18,8 +18,10 @@ def table(rows: Iterable[Row], columns: Mapping[str, str]) -> str:
 
     Args:
         rows: one mapping a line.
-        columns: each column's name in the rows, and its heading.
+        columns: each column's name in the rows, and its heading; those that no row has are left out.
     """
+    rows = list(rows)
+    columns = {name: title for name, title in columns.items() if any(row.get(name) is not None for row in rows)}
     cells = [list(columns.values())] + [[show(row.get(name)) for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -35,6 +37,11 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def where(environment: Row) -> str:
+    """Returns what a measurement was made on."""
+    return "{devices} x {device} ({platform}), jax {jax}".format(**environment)
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:

@@ -20,18 +20,17 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from benchmarks import flops, measure, programs, report
+from benchmarks import flops, measure, programs, report, sweeps
 from duo_jax import cli
 from duo_jax.errors import UserError
 
 COLUMNS = {
     "case": "case", "batch": "B", "length": "L", "vocab": "K", "blocks": "blocks", "dtype": "dtype",
     "median_ms": "step ms", "best_ms": "best ms", "tokens_per_s": "tokens/s", "mfu_percent": "MFU %",
-    "peak_gflops": "matmul GFLOP/s", "rss_mib": "RSS MiB", "device_peak_mib": "device MiB",
+    "peak_gflops": "matmul GFLOP/s", "rss_baseline_mib": "base RSS MiB", "rss_mib": "RSS MiB",
+    "device_peak_mib": "device MiB",
     "temporary_mib": "temp MiB", "total_mib": "program MiB", "compile_s": "compile s", "error": "error",
 }  # fmt: skip
-# What a sweep varies, and the setting behind it; the vocabulary is none.
-SWEEPS = {"batch": "train.batch_size", "length": "model.length", "blocks": "model.blocks", "vocab": None}
 
 
 def measure_case(config: ConfigDict, case: programs.Case, vocab_size: int, steps: int) -> dict[str, Any]:
@@ -85,43 +84,6 @@ def step_times(step: Any, state: Any, batch: dict[str, jax.Array], steps: int) -
     return [end - start for start, end in itertools.pairwise(ends)]
 
 
-def parse_sweep(text: str) -> tuple[str, list[int]]:
-    """Returns what `batch:1,2,4` varies, and its values.
-
-    Raises:
-        UserError: it varies nothing known, or a value is no positive number.
-    """
-    name, _, values = text.partition(":")
-    if name not in SWEEPS or not all(value.isdigit() and int(value) for value in values.split(",")):
-        raise UserError(
-            f"--sweep is {text!r}; give one of {', '.join(SWEEPS)} with positive numbers, as in batch:1,2,4."
-        )
-    return name, [int(value) for value in values.split(",")]
-
-
-def variants(config: ConfigDict, vocab_size: int, sweep: str | None) -> list[tuple[ConfigDict, int]]:
-    """Returns the configs and vocabularies that a sweep goes through; the given ones alone without it."""
-    if not sweep:
-        return [(config, vocab_size)]
-    name, values = parse_sweep(sweep)
-    if name == "vocab":
-        return [(config, programs.vocabulary(config, value)) for value in values]
-    return [(programs.changed(config, {SWEEPS[name]: value}), vocab_size) for value in values]
-
-
-def growth(rows: Sequence[report.Row], name: str) -> list[dict[str, Any]]:
-    """Returns for each case how step time and memory grow with what was swept: the p of x^p."""
-    found = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        of = [row for row in rows if row["case"] == case]
-        powers = {
-            column: report.exponent([(row[name], row[column]) for row in of if row.get(column)])
-            for column in ("median_ms", "temporary_mib", "total_mib", "rss_mib", "model_gflop", "compile_s")
-        }
-        found.append({"case": case, "with": name, **powers})
-    return found
-
-
 def run(
     config: ConfigDict, *, vocab_size: int | None, cases: Sequence[str], steps: int, sweep: str | None
 ) -> dict[str, Any]:
@@ -133,14 +95,14 @@ def run(
     todo = list(
         itertools.product(
             chosen or programs.usual_cases(config),
-            variants(config, programs.vocabulary(config, vocab_size), sweep),
+            sweeps.variants(config, programs.vocabulary(config, vocab_size), sweep, "train"),
         )
     )
     for case, (variant, size) in todo:
         rows.append(measure.in_fresh_process(measure_case, variant, case, size, steps))
         print(f"{len(rows)} of {len(todo)}: {describe(rows[-1])}", flush=True)
     found = {"environment": rows[0]["environment"], "steps": steps, "rows": rows}
-    return found | ({"growth": growth(rows, parse_sweep(sweep)[0])} if sweep else {})
+    return found | ({"growth": sweeps.growth(rows, sweep, ["case"])} if sweep else {})
 
 
 def describe(row: report.Row) -> str:
@@ -150,26 +112,15 @@ def describe(row: report.Row) -> str:
     return f"{row['case']}, B = {row['batch']}: {row['median_ms']:,.1f} ms, {row['tokens_per_s']:,.0f} tokens/s"
 
 
-def used(rows: Sequence[report.Row]) -> dict[str, str]:
-    """Returns the columns that some row has."""
-    return {name: title for name, title in COLUMNS.items() if any(row.get(name) is not None for row in rows)}
-
-
 def text(found: dict[str, Any]) -> str:
     """Returns the report to read."""
-    where, rows = found["environment"], found["rows"]
     parts = [
-        f"Training on {where['devices']} x {where['device']} ({where['platform']}), jax {where['jax']}, median of "
-        f"{found['steps']} steps; MFU is model FLOPs against the matmul peak of the same process.",
-        report.table(rows, used(rows)),
+        f"Training on {report.where(found['environment'])}, median of {found['steps']} steps; MFU is model FLOPs against "
+        "the matmul peak of the same process.",
+        report.table(found["rows"], COLUMNS),
     ]
     if "growth" in found:
-        titles = {
-            "case": "case", "with": "x", "median_ms": "time ~ x^", "model_gflop": "model FLOPs ~ x^",
-            "temporary_mib": "temp memory ~ x^", "total_mib": "program memory ~ x^", "rss_mib": "RSS ~ x^",
-            "compile_s": "compile ~ x^",
-        }  # fmt: skip
-        parts.append(report.table(found["growth"], titles))
+        parts.append(sweeps.table(found["growth"], ["case"]))
     return "\n\n".join(parts)
 
 
@@ -192,6 +143,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
     flags.DEFINE_list("cases", [], "What to train: duo:full,duo:topk,duo:discrete,duo_base,...; all; the config's own.")
     flags.DEFINE_integer("steps", 10, "Steps to time.")
-    flags.DEFINE_string("sweep", None, "Growth with batch, length, vocab or blocks, as in batch:1,2,4.")
+    flags.DEFINE_string("sweep", None, sweeps.FLAG)
     flags.DEFINE_string("out", None, "A folder for train.json and train.md.")
     cli.run(main)

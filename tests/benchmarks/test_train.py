@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import run
 
-from benchmarks import programs, report, train
+from benchmarks import programs, report, sweeps
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
 
@@ -77,11 +77,11 @@ def test_the_usual_cases_are_what_a_run_goes_through():
 def test_a_sweep_of_each_kind():
     config = config_lib.default().lock()
     for name, setting in (("batch", "train.batch_size"), ("length", "model.length"), ("blocks", "model.blocks")):
-        variants = train.variants(config, 100, f"{name}:5,7")
+        variants = sweeps.variants(config, 100, f"{name}:5,7", "train")
         assert [config_lib.flatten(variant)[setting] for variant, _ in variants] == [5, 7]
-    assert [size for _, size in train.variants(config, 100, "vocab:5,7")] == [5, 7]
+    assert [size for _, size in sweeps.variants(config, 100, "vocab:5,7", "train")] == [5, 7]
     with pytest.raises(UserError, match=r"model\.length is 2"):
-        train.variants(config, 100, "length:2")
+        sweeps.variants(config, 100, "length:2", "train")
 
 
 def test_an_exponent_is_found():

@@ -1,0 +1,244 @@
+"""What batch fits in so much memory, found by compiling alone: nothing runs and no weights are allocated.
+
+    python -m benchmarks.memory --config=configs/owt.py --gib=15
+    python -m benchmarks.memory --config=configs/tiny.py --gib=15 --programs=train --cases=duo:full,duo:topk --out=runs/bench
+
+The answer is the compiler's memory analysis (arguments + results - what is reused + temporaries + code, of one device) for
+the platform that it compiles for: the default one, or `--platform`. A CPU's analysis only stands in for a GPU's, whose
+compiler fuses and keeps other things. What is not a program's own is not counted: the runtime takes some hundred MiB, and on
+a GPU JAX leaves a quarter of the memory to others unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import measure, programs, report
+from duo_jax import cli
+from duo_jax.errors import UserError
+
+COLUMNS = {
+    "program": "program", "batch": "B", "length": "L", "vocab": "K", "blocks": "blocks", "dtype": "dtype",
+    "arguments_gib": "arguments", "temporary_gib": "temporary", "total_gib": "GiB in all", "fits": "fits",
+    "compile_s": "compile s",
+}  # fmt: skip
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The answer of a search.
+
+    Attributes:
+        largest: the largest batch known to fit; None if not even the smallest does.
+        too_large: the smallest batch known not to fit; None if the largest that was tried fits.
+    """
+
+    largest: int | None
+    too_large: int | None
+
+
+def largest_fitting(size: Callable[[int], int], limit: float, *, unit: int, most: int, refine: int) -> Found:
+    """Returns what batch's `size(batch)` is at most `limit`, in few calls: each is a compilation.
+
+    Goes through the batches unit, 2 unit, 4 unit, ... but leaps to where the straight line through the last two says that
+    the limit lies, until of two neighbours one fits and one does not; then halves the interval between them.
+
+    Args:
+        size: bytes, growing with the batch.
+        limit: bytes.
+        unit: batches are multiples of it, and the first is itself.
+        most: the largest batch that is tried.
+        refine: times that the last interval is halved.
+    """
+    sizes: dict[int, int] = {}
+
+    def fits(batch: int) -> bool:
+        sizes[batch] = size(batch)
+        return sizes[batch] <= limit
+
+    if not fits(unit):
+        return Found(None, unit)
+    low, high, before = unit, None, None
+    while (2 * low <= most) if high is None else (high > 2 * low):
+        other = before if high is None else high
+        guess = 0 if other is None else _doubled(unit, _crossing((low, sizes[low]), (other, sizes[other]), limit, most))
+        batch = max(2 * low, min(guess, _doubled(unit, most) if high is None else high // 2))
+        if fits(batch):
+            low, before = batch, low
+        else:
+            high = batch
+    for _ in range(refine if high else 0):
+        middle = (low + high) // 2 // unit * unit
+        if middle == low:
+            break
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return Found(low, high)
+
+
+def _crossing(a: tuple[int, int], b: tuple[int, int], limit: float, most: int) -> int:
+    """The batch, at most `most`, where the line through two (batch, size) reaches the limit."""
+    (x0, y0), (x1, y1) = a, b
+    return most if y0 == y1 else min(most, int(x0 + (limit - y0) * (x1 - x0) / (y1 - y0)))
+
+
+def _doubled(unit: int, most: int) -> int:
+    """The largest of unit, 2 unit, 4 unit, ... that is at most `most`, which is at least `unit`."""
+    return unit << ((most // unit).bit_length() - 1)
+
+
+def lower(config: ConfigDict, vocab_size: int, case: programs.Case | None) -> Callable[[int], tuple[Any, Any]]:
+    """Returns a function of the batch that gives the network and the program: a case's train step, or sampling if None."""
+    setting = "sample.batch_size" if case is None else "train.batch_size"
+    config = config if case is None else case.apply(config)
+
+    def at(batch: int) -> tuple[Any, Any]:
+        variant = programs.changed(config, {setting: batch})
+        plan = programs.sampler(variant, vocab_size) if case is None else programs.training(variant, vocab_size)
+        return plan.network, plan.lowered
+
+    return at
+
+
+def search(
+    config: ConfigDict,
+    vocab_size: int,
+    case: programs.Case | None,
+    gib: float,
+    most: int,
+    refine: int,
+    platform: str | None,
+) -> dict[str, Any]:
+    """Returns the rows of all that was compiled, by batch, and the answer; of a process that does nothing else."""
+    use_platform(platform)
+    rows: dict[int, dict[str, Any]] = {}
+    at = lower(config, vocab_size, case)
+    name = "sample" if case is None else f"train {case}"
+
+    def size(batch: int) -> int:
+        network, lowered = at(batch)
+        program, seconds = measure.compiled(lowered)
+        sizes = measure.memory(program)
+        rows[batch] = {
+            "program": name, "batch": batch, "length": network.length, "vocab": vocab_size, "blocks": network.blocks,
+            "dtype": network.dtype.name, **{f"{part}_gib": n / GIB for part, n in sizes.items()},
+            "fits": "yes" if sizes["total"] <= gib * GIB else "no", "compile_s": seconds,
+        }  # fmt: skip
+        print(f"{name}, B = {batch}: {sizes['total'] / GIB:.2f} GiB", flush=True)
+        return sizes["total"]
+
+    unit = len(jax.devices())
+    if most < unit:
+        raise UserError(f"--most is {most}, less than one row for each of {unit} devices.")
+    found = largest_fitting(size, gib * GIB, unit=unit, most=most, refine=refine)
+    return {
+        "environment": measure.environment(),
+        "rows": [rows[batch] for batch in sorted(rows)],
+        "answer": {"program": name, "gib": gib, **dataclasses.asdict(found)},
+    }
+
+
+def use_platform(platform: str | None) -> None:
+    """Makes JAX compile for a platform, of which there must be a device here.
+
+    Raises:
+        UserError: there is none.
+    """
+    if platform is None:
+        return
+    jax.config.update("jax_platforms", platform)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"--platform={platform}: JAX finds no such device here; leave it out, or give cpu.") from error
+
+
+def run(
+    config: ConfigDict,
+    *,
+    gib: float,
+    vocab_size: int | None,
+    which: Sequence[str],
+    cases: Sequence[str],
+    most: int,
+    refine: int,
+    platform: str | None,
+) -> dict[str, Any]:
+    """Returns the report: where, what was compiled, and for each program the largest batch that fits."""
+    if not gib or gib <= 0:
+        raise UserError("--gib is missing; give the memory of one device in GiB, as in --gib=15.")
+    if most < 1 or refine < 0:
+        raise UserError(f"--most is {most} and --refine {refine}; give at least 1 and 0.")
+    if unknown := set(which) - {"train", "sample"}:
+        raise UserError(f"--programs: there is no program {unknown.pop()!r}; choose from train, sample.")
+    training = [programs.Case.parse(name) for name in cases] or programs.usual_cases(config)[:1]
+    todo = [case for case in training if "train" in which] + ([None] if "sample" in which else [])
+    size = programs.vocabulary(config, vocab_size)
+    parts = [measure.in_fresh_process(search, config, size, case, gib, most, refine, platform) for case in todo]
+    return {
+        "environment": parts[0]["environment"],
+        "gib": gib,
+        "rows": [row for part in parts for row in part["rows"]],
+        "answers": [part["answer"] for part in parts],
+    }
+
+
+def describe(answer: report.Row) -> str:
+    """Returns an answer as a sentence."""
+    name, gib = answer["program"], f"{answer['gib']:g} GiB"
+    if answer["largest"] is None:
+        return f"{name}: not even a batch of {answer['too_large']} fits in {gib}."
+    if answer["too_large"] is None:
+        return f"{name}: a batch of {answer['largest']}, the largest that was tried, fits in {gib}."
+    return f"{name}: a batch of {answer['largest']} fits in {gib}; one of {answer['too_large']} does not."
+
+
+def text(found: dict[str, Any]) -> str:
+    """Returns the report to read."""
+    where = found["environment"]
+    parts = [
+        f"The compiler's memory analysis for {report.where(where)}, of one device; nothing was run.",
+        report.table(found["rows"], COLUMNS),
+        "\n".join(map(describe, found["answers"])),
+    ]
+    if where["platform"] == "cpu":
+        parts.append(
+            "This is the CPU compiler's analysis; for a GPU it only stands in, whose compiler fuses and keeps other things."
+        )
+    return "\n\n".join(parts)
+
+
+def main(config: ConfigDict) -> None:
+    """Searches as the flags say."""
+    options = flags.FLAGS
+    folder = report.check_folder(options.out)
+    found = run(
+        config,
+        gib=options.gib,
+        vocab_size=options.vocab_size,
+        which=options.programs,
+        cases=options.cases,
+        most=options.most,
+        refine=options.refine,
+        platform=options.platform,
+    )
+    print(f"\n{text(found)}\n")
+    report.save(folder, "memory", found, text(found))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_float("gib", None, "The memory of one device, GiB.")
+    flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
+    flags.DEFINE_list("programs", ["train", "sample"], "What is to fit: train, sample.")
+    flags.DEFINE_list("cases", [], "What to train, as for benchmarks.train; the config's first phase if not given.")
+    flags.DEFINE_integer("most", 4096, "The largest batch that is tried.")
+    flags.DEFINE_integer("refine", 2, "How often the interval of the answer is halved after a doubling went too far.")
+    flags.DEFINE_string("platform", None, "What to compile for: cpu, cuda, tpu; JAX's default if not given.")
+    flags.DEFINE_string("out", None, "A folder for memory.json and memory.md.")
+    cli.run(main)

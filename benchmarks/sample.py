@@ -1,0 +1,238 @@
+"""What sampling costs, of any config and every sampler:
+
+    python -m benchmarks.sample --config=configs/tiny.py --config.sample.batch_size=4 --config.model.length=128
+    python -m benchmarks.sample --config=configs/tiny.py --samplers=all --n_steps=8,64 --out=runs/bench
+    python -m benchmarks.sample --config=configs/owt.py --samplers=psi,mdlm:ancestral_cache --top_p=1.0,0.9
+
+The program is the one that `duo_jax.sample` compiles, with random weights and a batch of `config.sample.batch_size`
+texts. A sampler stands for itself with the config's algorithm or, where that does not know it, with its own:
+`ancestral_cache` with mdlm, `analytic` with sedd, `autoregressive` with ar; `mdlm:psi` names both. Steps, noise removals and
+top_p may be lists, and `--sweep=length:64,128` varies
+batch, length, vocab or blocks. Each measurement has a process of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import flops, measure, programs, report, sweeps
+from duo_jax import cli
+from duo_jax import config as config_lib
+from duo_jax.errors import UserError
+from duo_jax.models.network import Network
+from duo_jax.sampling.settings import SAMPLERS, Settings
+
+COLUMNS = {
+    "case": "case", "n_steps": "steps", "noise_removal": "removal", "top_p": "top_p", "batch": "B", "length": "L",
+    "vocab": "K", "dtype": "dtype", "calls": "calls", "seconds_per_text": "s/text", "median_ms": "batch ms",
+    "call_ms": "call ms", "tokens_per_s": "tokens/s", "mfu_percent": "MFU %", "peak_gflops": "matmul GFLOP/s",
+    "rss_baseline_mib": "base RSS MiB", "rss_mib": "RSS MiB",
+    "device_peak_mib": "device MiB", "temporary_mib": "temp MiB", "total_mib": "program MiB",
+    "compile_s": "compile s", "error": "error",
+}  # fmt: skip
+_SAME = ("case", "n_steps", "noise_removal", "top_p")
+# The algorithm to show a sampler with, where the config's own does not know it.
+_USUAL = {"ancestral": "duo", "psi": "duo", "ancestral_cache": "mdlm", "analytic": "sedd", "autoregressive": "ar"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An algorithm's network with one of its samplers."""
+
+    algo: str
+    sampler: str
+
+    def __str__(self) -> str:
+        return f"{self.algo}:{self.sampler}"
+
+
+def fits(algo: str, sampler: str) -> bool:
+    """Returns whether a network of the algorithm can be sampled so."""
+    network = Network(algo, 3, 2, 3, 2, 1, 1, 1, 0.0)
+    try:
+        Settings.for_network(network, 1, sampler=sampler)
+    except UserError:
+        return False
+    return True
+
+
+def all_cases() -> list[Case]:
+    """Returns every algorithm with every sampler that fits it; duo stands for the networks that are sampled like its own."""
+    algos = [algo for algo in config_lib.ALGORITHMS if algo not in ("duo_base", "dcd")]
+    cases = [Case(algo, sampler) for algo in algos for sampler in SAMPLERS if fits(algo, sampler)]
+    return [case for case in cases if case != Case("ar", "ancestral")]  # the same as autoregressive
+
+
+def parse_case(text: str, algo: str) -> Case:
+    """Returns the case that `psi` or `mdlm:psi` names, where `algo` is the config's.
+
+    Raises:
+        UserError: there is no such sampler, or it does not fit the algorithm.
+    """
+    named, colon, sampler = text.rpartition(":")
+    if sampler not in SAMPLERS or (colon and not (named in config_lib.ALGORITHMS and fits(named, sampler))):
+        names = ", ".join(map(str, all_cases()))
+        raise UserError(
+            f"--samplers: there is no sampler {text!r}; choose from {', '.join(SAMPLERS)}, {names}, or all."
+        )
+    return Case(named or (algo if fits(algo, sampler) else _USUAL[sampler]), sampler)
+
+
+def settings_of(
+    cases: Sequence[Case], n_steps: Sequence[int], removals: Sequence[str], top_ps: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Returns the config's settings for every measurement.
+
+    An autoregressive network takes a call a token and has no noise to remove: its steps and removals are not varied.
+    """
+    found = []
+    for case, n, removal, top_p in itertools.product(cases, n_steps, removals, top_ps):
+        given = {"sample.n_steps": n, "sample.noise_removal": removal}
+        if case.algo == "ar":
+            given = {"sample.n_steps": n_steps[0], "sample.noise_removal": "ancestral"}
+        given |= {"algo.name": case.algo, "sample.sampler": case.sampler, "sample.top_p": top_p}
+        if given not in found:
+            found.append(given)
+    return found
+
+
+def measure_case(config: ConfigDict, vocab_size: int, repeats: int) -> dict[str, Any]:
+    """Returns what sampling as `config.sample` says costs; of a process that does nothing else."""
+    baseline = measure.rss()
+    plan = programs.sampler(config, vocab_size)
+    network, chosen = plan.network, config.sample
+    given = programs.nothing_given(config, plan)
+    rows, length = given.tokens.shape
+    row: dict[str, Any] = {
+        "case": str(Case(network.algo, chosen.sampler)), "n_steps": None if network.algo == "ar" else chosen.n_steps,
+        "noise_removal": chosen.noise_removal, "top_p": chosen.top_p, "batch": rows, "length": length,
+        "vocab": vocab_size, "blocks": network.blocks, "dim": network.dim, "dtype": network.dtype.name,
+        "environment": measure.environment(),
+    }  # fmt: skip
+    try:
+        sampler, compile_s = measure.compiled(plan.lowered)
+        row |= {"compile_s": compile_s, **measure.memory_columns(sampler)}
+        args = programs.random_weights(plan), programs.key(), given, programs.knobs(config), None
+        walk = sampler(*args)
+        calls = int(walk.network_calls)
+        row |= {
+            "rss_baseline_mib": measure.mib(baseline),
+            "rss_mib": measure.mib(measure.rss()),
+            "device_peak_mib": measure.mib(measure.device_peak()),
+            "calls": calls,
+        }
+        before = measure.matmul_peak(network.dtype)
+        taken = measure.seconds(lambda: sampler(*args), repeats)
+        after = measure.matmul_peak(network.dtype)
+    except jax.errors.JaxRuntimeError as error:
+        if not measure.out_of_memory(error):
+            raise
+        return row | {"error": "out of memory"}
+    work = rows * flops.sample_row(network, length, calls)
+    speed = measure.speed_columns(taken, rows * length, work, (before, after), plan.devices)
+    per_call = {"call_ms": speed["median_ms"] / calls, "seconds_per_text": speed["median_ms"] / 1e3 / rows}
+    return row | speed | per_call | {"times_s": taken}
+
+
+def run(
+    config: ConfigDict,
+    *,
+    vocab_size: int | None,
+    samplers: Sequence[str],
+    n_steps: Sequence[int],
+    removals: Sequence[str],
+    top_ps: Sequence[float],
+    repeats: int,
+    sweep: str | None,
+) -> dict[str, Any]:
+    """Returns the report: where, and a row a measurement, and with a sweep the growth."""
+    if repeats < 1:
+        raise UserError(f"--repeats is {repeats}; it must be at least 1.")
+    chosen = config.sample
+    names = samplers or [chosen.sampler]
+    cases = all_cases() if list(names) == ["all"] else [parse_case(name, config.algo.name) for name in names]
+    size = programs.vocabulary(config, vocab_size)
+    settings = settings_of(
+        cases, n_steps or [chosen.n_steps], removals or [chosen.noise_removal], top_ps or [chosen.top_p]
+    )
+    rows, todo = (
+        [],
+        [
+            (programs.changed(variant, given), k)  # a mistake in the last shows before the first is measured
+            for given in settings
+            for variant, k in sweeps.variants(config, size, sweep, "sample")
+        ],
+    )
+    for variant, k in todo:
+        rows.append(measure.in_fresh_process(measure_case, variant, k, repeats))
+        print(f"{len(rows)} of {len(todo)}: {describe(rows[-1])}", flush=True)
+    found = {"environment": rows[0]["environment"], "repeats": repeats, "rows": rows}
+    return found | ({"growth": sweeps.growth(rows, sweep, _SAME)} if sweep else {})
+
+
+def describe(row: report.Row) -> str:
+    """Returns a line to read while the others are being measured."""
+    if "error" in row:
+        return f"{row['case']}: {row['error']}"
+    return f"{row['case']}, {row['calls']} calls: {row['median_ms']:,.1f} ms, {row['tokens_per_s']:,.0f} tokens/s"
+
+
+def text(found: dict[str, Any]) -> str:
+    """Returns the report to read."""
+    parts = [
+        f"Sampling on {report.where(found['environment'])}, median of {found['repeats']} batches; MFU is model FLOPs "
+        "against the matmul peak of the same process.",
+        report.table(found["rows"], COLUMNS),
+    ]
+    if "growth" in found:
+        parts.append(sweeps.table(found["growth"], _SAME))
+    return "\n\n".join(parts)
+
+
+def numbers(name: str, given: Sequence[str], kind: type) -> list[Any]:
+    """Returns a flag's list as numbers.
+
+    Raises:
+        UserError: one of them is none.
+    """
+    try:
+        return [kind(value) for value in given]
+    except ValueError as error:
+        raise UserError(f"--{name}={','.join(given)}: {error}.") from error
+
+
+def main(config: ConfigDict) -> None:
+    """Measures as the flags say."""
+    options = flags.FLAGS
+    folder = report.check_folder(options.out)
+    found = run(
+        config,
+        vocab_size=options.vocab_size,
+        samplers=options.samplers,
+        n_steps=numbers("n_steps", options.n_steps, int),
+        removals=options.noise_removal,
+        top_ps=numbers("top_p", options.top_p, float),
+        repeats=options.repeats,
+        sweep=options.sweep,
+    )
+    print(f"\n{text(found)}\n")
+    report.save(folder, "sample", found, text(found))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
+    flags.DEFINE_list("samplers", [], "Samplers, algorithm:sampler, or all; config.sample.sampler if not given.")
+    flags.DEFINE_list("n_steps", [], "Steps, a list; config.sample.n_steps if not given.")
+    flags.DEFINE_list("noise_removal", [], "Noise removals, a list; config.sample.noise_removal if not given.")
+    flags.DEFINE_list("top_p", [], "Values of top_p, a list; config.sample.top_p if not given.")
+    flags.DEFINE_integer("repeats", 5, "Batches to time.")
+    flags.DEFINE_string("sweep", None, sweeps.FLAG)
+    flags.DEFINE_string("out", None, "A folder for sample.json and sample.md.")
+    cli.run(main)

@@ -1,0 +1,88 @@
+"""`benchmarks.sample`: its report, which samplers it knows, and its words for mistakes."""
+
+import json
+import sys
+
+import pytest
+from helpers import run
+
+from benchmarks import sample
+from duo_jax.errors import UserError
+
+SAMPLE = [
+    sys.executable, "-m", "benchmarks.sample", "--config=configs/quickstart.py", "--vocab_size=64",
+    "--config.model.dim=16", "--config.model.blocks=1", "--config.model.heads=2", "--config.model.length=16",
+    "--config.sample.batch_size=2",
+]  # fmt: skip
+
+
+def test_the_report(tmp_path):
+    args = ["--samplers=psi,autoregressive", "--n_steps=3", "--top_p=0.9", "--repeats=2", f"--out={tmp_path}"]
+    result = run([*SAMPLE, *args])
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "sample.json").read_text())
+    psi, ar = found["rows"]
+    assert (psi["case"], psi["calls"], psi["n_steps"]) == ("duo:psi", 4, 3)
+    assert (ar["case"], ar["calls"], ar["n_steps"]) == ("ar:autoregressive", 15, None)
+    for row in found["rows"]:
+        assert row["top_p"] == 0.9
+        assert len(row["times_s"]) == 2
+        assert row["tokens_per_s"] == pytest.approx(2 * 16 / row["median_ms"] * 1e3)
+        assert row["seconds_per_text"] == pytest.approx(row["median_ms"] / 2e3)
+        assert row["call_ms"] == pytest.approx(row["median_ms"] / row["calls"])
+        assert 0 < row["mfu_percent"] < 100
+        assert row["rss_baseline_mib"] < row["rss_mib"]
+        assert row["compile_s"] > 0
+    assert (tmp_path / "sample.md").read_text().strip() in result.stdout
+
+
+def test_all_samplers_with_the_algorithms_they_belong_to():
+    absorbing = {
+        f"{algo}:{name}" for algo in ("mdlm", "sedd", "d3pm") for name in ("ancestral", "psi", "ancestral_cache")
+    }
+    expected = {"duo:ancestral", "duo:psi", "sedd:analytic", "ar:autoregressive"} | absorbing
+    assert set(map(str, sample.all_cases())) == expected
+
+
+def test_a_sampler_goes_with_the_configs_algorithm_where_it_can():
+    named = {
+        name: str(sample.parse_case(name, "dcd")) for name in ("ancestral", "ancestral_cache", "analytic", "d3pm:psi")
+    }
+    assert named == {
+        "ancestral": "dcd:ancestral",
+        "ancestral_cache": "mdlm:ancestral_cache",
+        "analytic": "sedd:analytic",
+        "d3pm:psi": "d3pm:psi",
+    }
+    assert str(sample.parse_case("psi", "sedd")) == "sedd:psi"
+    assert str(sample.parse_case("psi", "ar")) == "duo:psi"
+
+
+def test_lists_are_combined_but_not_for_an_autoregressive_network():
+    cases = [sample.Case("duo", "psi"), sample.Case("ar", "autoregressive")]
+    found = sample.settings_of(cases, [4, 8], ["ancestral", "greedy"], [1.0])
+    assert sum(given["algo.name"] == "duo" for given in found) == 4
+    assert sum(given["algo.name"] == "ar" for given in found) == 1
+
+
+@pytest.mark.parametrize("name", ["duo:analytic", "x:psi", ":psi", "fast", "ar:psi"])
+def test_a_sampler_that_does_not_exist(name):
+    with pytest.raises(UserError, match="choose from ancestral"):
+        sample.parse_case(name, "duo")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--samplers=fast"], "there is no sampler 'fast'"),
+        (["--n_steps=two"], "--n_steps=two: invalid literal"),
+        (["--n_steps=0"], "config.sample.n_steps is 0"),
+        (["--top_p=2"], "config.sample.top_p is 2"),
+        (["--repeats=0"], "--repeats is 0"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(args, expected):
+    result = run([*SAMPLE, *args])
+    assert result.returncode == 2, result.stderr
+    assert expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
