@@ -38,13 +38,13 @@ from duo_jax.errors import UserError
 MODES = ("train", "eval", "sample")
 ALGORITHMS = ("duo", "duo_base", "dcd", "mdlm", "sedd", "d3pm", "ar")
 OPERATORS = ("exact", "series", "sigmoid", "sigmoid-edge-corrected", "poly3", "poly5", "poly7", "poly9")
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 # What a run may change when it goes on from a checkpoint; all else must be as it was, or it is another run.
 FREE_ON_RESUME = (
     "mode", "distributed", "train.steps", "train.log_every", "eval", "sample", "checkpoint", "mesh", "data.dir",
     "data.path", "data.workers", "model.head_mib",
-    "model.attention", "init_from",
+    "model.attention", "model.remat", "model.scan", "init_from",
 )  # fmt: skip
 
 
@@ -53,7 +53,9 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.mode = "train"  # train | eval | sample
     config.seed = 0  # seeds initialisation, data order, noise and dropout
-    config.precision = "auto"  # compute in the blocks: float32 | bfloat16 | auto (by device); parameters are float32
+    config.precision = (
+        "auto"  # compute: float32 | bfloat16 | float16 (loss scaled) | auto (by device); parameters: float32
+    )
 
     config.init_from = ""  # a workdir or checkpoint whose EMA weights training starts from; needed by dcd
 
@@ -98,8 +100,12 @@ def default() -> ConfigDict:
     config.model.dropout = 0.1  # on the two residual branches of every block
     config.model.attention = "auto"  # auto | xla | cudnn
     config.model.head_mib = (
-        256  # MiB that one chunk of logits may take on a device; the vocabulary is visited in chunks
+        256  # MiB that a chunk of logits may take on a device, as the vocabulary is visited in chunks
     )
+    # What the backward pass computes anew to save memory: none | dots (all but matrix products) | blocks (all but what goes
+    # from block to block)
+    config.model.remat = "none"
+    config.model.scan = False  # blocks as one loop: compiles in the time of one block
 
     config.data = ConfigDict()
     config.data.source = "wiki"  # wiki | text | openwebtext | lm1b
@@ -211,6 +217,7 @@ def check(config: ConfigDict) -> None:
     _one_of("algo.distillation.kl", config.algo.distillation.kl, ("backward", "forward"))
     _one_of("algo.distillation.teacher", config.algo.distillation.teacher, ("ema", "student"))
     _one_of("model.attention", config.model.attention, ("auto", "xla", "cudnn"))
+    _one_of("model.remat", config.model.remat, ("none", "dots", "blocks"))
     _one_of("data.packing", config.data.packing, ("packed", "padded"))
     _one_of(
         "sample.sampler",

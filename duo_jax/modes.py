@@ -62,7 +62,7 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
         params.network,
         progress.bar(iterable=batches, total=len(batches), desc="evaluating", unit=" batches"),
         lambda batch: partition.put(batch, mesh),
-        shards=mesh.size,
+        mesh=mesh,
     )
     levels = run_lib.levels(config, folder, tokenizer.vocab_size)
     _, step = checkpoint.find(workdir)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from duo_jax.diffusion import absorbing, distillation, duality, operators, schedules, uniform
@@ -111,13 +112,23 @@ class Objective:
         network: the sizes, the schedule and the range of t.
         gaussian: used by `duo` and `dcd`.
         train: whether dropout acts.
-        shards: how many devices the batch is split over.
+        mesh: the devices over which the batch is split; None for one device.
     """
 
     network: Network
     gaussian: Gaussian | None = None
     train: bool = False
-    shards: int = 1
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        """One device needs no mesh."""
+        if self.mesh is not None and self.mesh.size == 1:
+            object.__setattr__(self, "mesh", None)
+
+    @property
+    def shards(self) -> int:
+        """How many devices the batch is split over."""
+        return self.mesh.size if self.mesh else 1
 
     @property
     def schedule(self) -> schedules.Schedule:
@@ -140,26 +151,59 @@ class Objective:
         """Returns the key for dropout, or None where it does not act."""
         return key if self.train else None
 
-    def nll(
+    def hidden(self, params: Weights, key: jax.Array, inputs: jax.Array, sigma: jax.Array | None) -> jax.Array:
+        """Returns what the head reads, `[B, L, D]`, of token ids `[B, L]` or an embedded `[B, L, D]` (float)."""
+        x = inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else self.network.embed(params, inputs)
+        return self.network.hidden(params, x, sigma, self.dropout(key))
+
+    def mean(
+        self,
+        params: Weights,
+        hidden: jax.Array,
+        mask: jax.Array,
+        visitor: Callable[..., jax.Array],
+        *per_token: jax.Array,
+        constants: tuple = (),
+        networks: int = 1,
+    ) -> tuple[jax.Array, Aux]:
+        """Averages `visitor(logits, *per_token, *constants)`, nats `[B, L]`, over the tokens that count.
+
+        Args:
+            params: the head is among them.
+            hidden: `[B, L, D]`.
+            mask: `[B, L]`, 1 for the tokens that count; what the others cost may be infinite.
+            visitor: see `head.weighted_sum`.
+            *per_token: `[B, L, ...]`.
+            constants: what every token sees whole.
+            networks: how many networks' logits a chunk holds.
+        """
+        net, mask = self.network, mask.astype(jnp.float32)
+        chunk = net.chunk(*hidden.shape[:2], self.shards, networks=networks)
+        total = head.weighted_sum(
+            visitor, params["head"], hidden, mask, per_token, constants, chunk=chunk, dtype=net.dtype, mesh=self.mesh
+        )
+        tokens = jnp.sum(mask)
+        return total / jnp.maximum(tokens, 1), {"nll": total, "tokens": tokens}
+
+    def uniform_nelbo(
         self,
         params: Weights,
         key: jax.Array,
         inputs: jax.Array,
-        sigma: jax.Array | None,
-        visitor: Callable[..., jax.Array],
-        *per_token: jax.Array,
-    ) -> jax.Array:
-        """Returns `visitor(logits, *per_token)`, `[B, L]`, of the network on `inputs`."""
-        predict = self.network.predict(params, dropout_key=self.dropout(key), shards=self.shards)
-        return predict(inputs, sigma, visitor, *per_token)
+        z_t: jax.Array,
+        alphas: tuple[jax.Array, jax.Array],
+        batch: Batch,
+    ) -> tuple[jax.Array, Aux]:
+        """Returns the mean of f_Duo for a network that reads `inputs` in place of z_t; `alphas` are alpha_t, alpha'_t."""
+        x, visitor = batch["tokens"], uniform.nelbo_from_logits
+        hidden = self.hidden(params, key, inputs, schedules.sigma(alphas[0]))
+        return self.mean(params, hidden, batch["mask"], visitor, z_t, x, *_spread(x, *alphas))
 
-
-def _mean(nll: jax.Array, mask: jax.Array) -> tuple[jax.Array, Aux]:
-    """Averages nats per token `[B, L]` over the tokens that count."""
-    mask = mask.astype(nll.dtype)
-    # A token that is left out may cost infinitely much, as PAD does where it cannot be predicted; 0 times that is NaN.
-    total, tokens = jnp.sum(jnp.where(mask > 0, nll * mask, 0.0)), jnp.sum(mask)
-    return total / jnp.maximum(tokens, 1), {"nll": total, "tokens": tokens}
+    def absorbed(self, key_t: jax.Array, key_z: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
+        """Returns z_t `[B, L]` of the absorbing process at a time a row, with alpha_t and its derivative in t, `[B]`."""
+        t = self.times(key_t, batch["mask"])
+        alpha_t, dalpha_t = self.schedule.alpha(t), self.schedule.dalpha(t)
+        return absorbing.q_sample(key_z, batch["tokens"], alpha_t, self.network.mask_id), alpha_t, dalpha_t
 
 
 def _spread(x: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
@@ -180,17 +224,7 @@ def duo_base(this: Objective) -> LossFn:
         t = this.times(key_t, batch["mask"])
         alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
         z_t = uniform.q_sample(key_z, x, alpha_t, this.network.vocab_size)
-        nll = this.nll(
-            params,
-            key_dropout,
-            z_t,
-            schedules.sigma(alpha_t),
-            uniform.nelbo_from_logits,
-            z_t,
-            x,
-            *_spread(x, alpha_t, dalpha_t),
-        )
-        return _mean(nll, batch["mask"])
+        return this.uniform_nelbo(params, key_dropout, z_t, z_t, (alpha_t, dalpha_t), batch)
 
     return loss_fn
 
@@ -212,13 +246,18 @@ def duo(this: Objective) -> LossFn:
             mix, ids, z_t = duality.tempered_topk(key, x, gamma, tau, gaussian.k, net.vocab_size)
             return net.embed(params, ids, mix), z_t
 
-        def piece(keys: jax.Array, x: jax.Array, gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def piece(params: Weights, keys: jax.Array, x: jax.Array, gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
             eps = jax.vmap(jax.vmap(lambda k: jax.random.normal(k, (net.vocab_size,))))(keys)
             w = duality.latent_from_noise(eps, x, gamma)
             return net.embed(params, w / tau), jnp.argmax(w, axis=-1).astype(jnp.int32)
 
-        chunk = net.chunk(x.shape[0], this.shards)
-        return head.in_chunks(piece, token_keys(key, x.shape), x, per_token(gamma, x.shape), chunk=chunk)
+        chunk = net.chunk(*x.shape, this.shards)
+
+        def rows(params: Weights, keys: jax.Array, x: jax.Array, gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return head.in_chunks(functools.partial(piece, params), keys, x, gamma, chunk=chunk)
+
+        args = params, token_keys(key, x.shape), x, per_token(gamma, x.shape)
+        return head.on_rows(rows, this.mesh, whole=1, rows=3)(*args)
 
     def loss_fn(params: Weights, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         key_t, key_z, key_dropout = jax.random.split(key, 3)
@@ -235,18 +274,8 @@ def duo(this: Objective) -> LossFn:
             z_t = uniform.q_sample(key_z, x, alpha_t, net.vocab_size)
             return net.embed(params, z_t), z_t, alpha_t, dalpha_t
 
-        inputs, z_t, alpha_t, dalpha_t = jax.lax.cond(step < gaussian.end, curriculum, discrete)
-        nll = this.nll(
-            params,
-            key_dropout,
-            inputs,
-            schedules.sigma(alpha_t),
-            uniform.nelbo_from_logits,
-            z_t,
-            x,
-            *_spread(x, alpha_t, dalpha_t),
-        )
-        return _mean(nll, batch["mask"])
+        inputs, z_t, *alphas = jax.lax.cond(step < gaussian.end, curriculum, discrete)
+        return this.uniform_nelbo(params, key_dropout, inputs, z_t, tuple(alphas), batch)
 
     return loss_fn
 
@@ -274,13 +303,12 @@ def dcd(this: Objective, teacher: Weights) -> LossFn:
             sigma = schedules.sigma(gaussian.alpha(t, net.vocab_size)[0])
             return net.hidden(weights, net.embed(weights, z), sigma, dropout)
 
-        def compare(student: jax.Array, theirs: jax.Array) -> jax.Array:
-            return divergence(net.logits(params, student), jax.lax.stop_gradient(net.logits(teacher, theirs)))
+        def compare(student: jax.Array, theirs: jax.Array, head: Weights) -> jax.Array:
+            return divergence(student, net.logits({"head": head}, theirs))
 
         student = hidden(params, z_t, t, this.dropout(key_dropout))
-        theirs = jax.lax.stop_gradient(hidden(teacher, z_s, s, None))
-        chunk = net.chunk(x.shape[0], this.shards, networks=2)
-        return _mean(head.in_chunks(compare, student, theirs, chunk=chunk), batch["mask"])
+        theirs = hidden(teacher, z_s, s, None)
+        return this.mean(params, student, batch["mask"], compare, theirs, constants=(teacher["head"],), networks=2)
 
     return loss_fn
 
@@ -293,12 +321,9 @@ def mdlm(this: Objective) -> LossFn:
     def loss_fn(params: Weights, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         del step
         key_t, key_z, key_dropout = jax.random.split(key, 3)
-        x = batch["tokens"]
-        t = this.times(key_t, batch["mask"])
-        alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
-        z_t = absorbing.q_sample(key_z, x, alpha_t, net.mask_id)
-        spread = _spread(x, alpha_t, dalpha_t)
-        return _mean(this.nll(params, key_dropout, z_t, jnp.zeros_like(t), visitor, z_t, x, *spread), batch["mask"])
+        x, (z_t, *alphas) = batch["tokens"], this.absorbed(key_t, key_z, batch)
+        hidden = this.hidden(params, key_dropout, z_t, jnp.zeros_like(alphas[0]))
+        return this.mean(params, hidden, batch["mask"], visitor, z_t, x, *_spread(x, *alphas))
 
     return loss_fn
 
@@ -314,13 +339,9 @@ def sedd(this: Objective) -> LossFn:
     def loss_fn(params: Weights, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         del step
         key_t, key_z, key_dropout = jax.random.split(key, 3)
-        x = batch["tokens"]
-        t = this.times(key_t, batch["mask"])
-        alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
-        z_t = absorbing.q_sample(key_z, x, alpha_t, net.mask_id)
-        spread = _spread(x, alpha_t, dalpha_t)
-        nll = this.nll(params, key_dropout, z_t, schedules.sigma(alpha_t), visitor, z_t, x, *spread)
-        return _mean(nll, batch["mask"])
+        x, (z_t, *alphas) = batch["tokens"], this.absorbed(key_t, key_z, batch)
+        hidden = this.hidden(params, key_dropout, z_t, schedules.sigma(alphas[0]))
+        return this.mean(params, hidden, batch["mask"], visitor, z_t, x, *_spread(x, *alphas))
 
     return loss_fn
 
@@ -340,9 +361,11 @@ def d3pm(this: Objective) -> LossFn:
         z_t = absorbing.q_sample(key_z, x, alpha_t, net.mask_id)
         # At t = 1 alpha is 0 and its sigma infinite; the network is told the last finite one.
         sigma = schedules.sigma(jnp.maximum(alpha_t, net.eps))
-        nll = this.nll(params, key_dropout[0], z_t, sigma, visitor, z_t, x, *_spread(x, alpha_t))
-        clean = this.nll(params, key_dropout[1], x, jnp.zeros_like(t), absorbing.d3pm_reconstruction, x)
-        return _mean(nll + clean, batch["mask"])
+        hidden = this.hidden(params, key_dropout[0], z_t, sigma)
+        chain = this.mean(params, hidden, batch["mask"], visitor, z_t, x, *_spread(x, alpha_t))
+        hidden = this.hidden(params, key_dropout[1], x, jnp.zeros_like(t))
+        clean = this.mean(params, hidden, batch["mask"], absorbing.d3pm_reconstruction, x)
+        return chain[0] + clean[0], chain[1] | {"nll": chain[1]["nll"] + clean[1]["nll"]}
 
     return loss_fn
 
@@ -354,7 +377,8 @@ def ar(this: Objective) -> LossFn:
     def loss_fn(params: Weights, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         del step
         x = batch["tokens"]
-        return _mean(this.nll(params, key, x[:, :-1], None, visitor, x[:, 1:]), batch["mask"][:, 1:])
+        hidden = this.hidden(params, key, x[:, :-1], None)
+        return this.mean(params, hidden, batch["mask"][:, 1:], visitor, x[:, 1:])
 
     return loss_fn
 
@@ -364,16 +388,16 @@ _LOSSES = {"duo_base": duo_base, "duo": duo, "mdlm": mdlm, "sedd": sedd, "d3pm":
 _BOUNDS = {"duo": duo_base, "dcd": duo_base}
 
 
-def training_loss(config: ConfigDict, network: Network, *, shards: int = 1) -> Callable[[Any], LossFn]:
+def training_loss(config: ConfigDict, network: Network, *, mesh: Mesh | None = None) -> Callable[[Any], LossFn]:
     """Returns `teacher -> loss_fn` for `config.algo.name`; the teacher is used by `dcd` alone."""
     algo = network.algo
     gaussian = Gaussian.from_config(config, network.vocab_size) if algo in ("duo", "dcd") else None
-    this = Objective(network, gaussian, train=True, shards=shards)
+    this = Objective(network, gaussian, train=True, mesh=mesh)
     if algo == "dcd":
         return lambda teacher: dcd(this, teacher)
     return lambda teacher: _LOSSES[algo](this)
 
 
-def evaluation_loss(network: Network, *, shards: int = 1) -> LossFn:
+def evaluation_loss(network: Network, *, mesh: Mesh | None = None) -> LossFn:
     """Returns the bound on the negative log-likelihood that the network's algorithm is evaluated with."""
-    return _BOUNDS.get(network.algo, _LOSSES.get(network.algo))(Objective(network, shards=shards))
+    return _BOUNDS.get(network.algo, _LOSSES.get(network.algo))(Objective(network, mesh=mesh))

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from duo_jax import config as config_lib
 from duo_jax import convert, objectives
 from duo_jax.diffusion import schedules, uniform
 from duo_jax.diffusion.arrays import per_token
+from duo_jax.models import head
 from duo_jax.models.network import Network
 
 VOCAB = 53
@@ -35,8 +37,11 @@ def test_loss_and_gradients_equal_the_references(golden, head_mib):
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        predict = net.predict(params)
-        return predict(z_t, schedules.sigma(alpha[:, 0]), uniform.nelbo_from_logits, z_t, x, *spread).mean()
+        hidden = net.hidden(params, net.embed(params, z_t), schedules.sigma(alpha[:, 0]))
+        return head.weighted_sum(
+            uniform.nelbo_from_logits, params["head"], hidden, jnp.full(x.shape, 1 / x.size), (z_t, x, *spread),
+            chunk=net.chunk(*x.shape), dtype=net.dtype,
+        )  # fmt: skip
 
     value, gradient = loss(jax.tree.map(jnp.asarray, params))
     np.testing.assert_allclose(value, data["e2e_nll"].mean(), rtol=1e-4)
@@ -91,3 +96,35 @@ def test_the_mask_leaves_tokens_out():
     nothing, aux = loss_fn(weights, {"tokens": tokens, "mask": 0 * mask}, jax.random.key(2), 0)
     assert nothing == 0
     assert aux["tokens"] == 0
+
+
+@pytest.mark.parametrize("algo", ["duo_base", "duo:full", "duo:topk", "dcd", "mdlm", "sedd", "d3pm", "ar"])
+def test_visiting_the_vocabulary_in_chunks_changes_no_number(algo):
+    # head_mib = 0 visits one position at a time, 256 all at once.
+    algo, _, kind = algo.partition(":")
+    config = config_lib.default()
+    config.algo.name, config.algo.curriculum.kind = algo, kind or "topk"
+    config.algo.curriculum.tau_log10_start = config.algo.curriculum.tau_log10_end = -1.0
+    keys = jax.random.split(jax.random.key(5), 4)
+    batch = {
+        "tokens": jax.random.randint(keys[0], (4, 16), 0, VOCAB - 1),
+        "mask": (jax.random.uniform(keys[1], (4, 16)) < 0.8).astype(jnp.float32),
+    }
+    nets = [network(algo=algo, head_mib=mib) for mib in (0, 256)]
+    params, teacher = (
+        jax.tree.map(lambda w, key=key: w + 0.1 * jax.random.normal(key, w.shape), nets[0].init(keys[2]))
+        for key in keys[:2]
+    )
+
+    def value_and_grad(net):
+        loss_fn = objectives.training_loss(config, net)(teacher)
+        return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, keys[3], jnp.int32(1))
+
+    (pieces, aux), pieces_gradient = value_and_grad(nets[0])
+    (whole, _), whole_gradient = value_and_grad(nets[1])
+    np.testing.assert_allclose(pieces, whole, rtol=1e-6)
+    np.testing.assert_allclose(aux["nll"], whole * batch["mask"][:, algo == "ar" :].sum(), rtol=1e-6)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(whole_gradient))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), pieces_gradient, whole_gradient
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from duo_jax import objectives
 from duo_jax.models.network import Network
@@ -41,10 +42,10 @@ class Likelihood:
         return math.exp(min(self.nll, 700.0))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "shards"))
-def nll_sum(weights: Any, batch: objectives.Batch, key: jax.Array, *, network: Network, shards: int = 1) -> dict:
+@functools.partial(jax.jit, static_argnames=("network", "mesh"))
+def nll_sum(weights: Any, batch: objectives.Batch, key: jax.Array, *, network: Network, mesh: Mesh | None = None) -> dict:
     """Returns `{"nll": sum in nats, "tokens": count}` of a batch under the algorithm's bound."""
-    return objectives.evaluation_loss(network, shards=shards)(weights, batch, key, 0)[1]
+    return objectives.evaluation_loss(network, mesh=mesh)(weights, batch, key, 0)[1]
 
 
 def evaluate(
@@ -53,7 +54,7 @@ def evaluate(
     batches: Iterable[dict[str, np.ndarray]],
     put: Callable[[dict[str, np.ndarray]], objectives.Batch] = jax.device_put,
     *,
-    shards: int = 1,
+    mesh: Mesh | None = None,
 ) -> Likelihood:
     """Returns the bound on the negative log-likelihood of held-out batches, with one fixed draw of noise a batch.
 
@@ -62,11 +63,11 @@ def evaluate(
         network: what they are parameters of.
         batches: dicts of `tokens` and `mask`, `[B, L]`.
         put: places a batch on the devices.
-        shards: how many devices the batch is split over.
+        mesh: the devices over which the batch is split; None for one device.
     """
     key = jax.random.key(_NOISE_SEED)
     sums = [
-        nll_sum(weights, put(batch), jax.random.fold_in(key, i), network=network, shards=shards)
+        nll_sum(weights, put(batch), jax.random.fold_in(key, i), network=network, mesh=mesh)
         for i, batch in enumerate(batches)
     ]
     sums = jax.device_get(sums)

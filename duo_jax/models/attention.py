@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +85,18 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, requested: str) -> jax.Array:
     """Returns softmax(q k' / sqrt(head_dim)) v, `[B, L, H, head_dim]`; the softmax is float32."""
     implementation = backend(requested, q.dtype.name, q.shape[-1])
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+    return _attention(q, k, v, is_causal=causal, implementation=implementation)
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any) -> jax.Array:
+    dtype = q.dtype
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":
+        # A CPU lacks the float16 product with a float32 sum that JAX asks for here.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, **kwargs).astype(dtype)
 
 
 def attend_to_past(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
     """Returns the attention of one query `[B, 1, H, head_dim]` to the keys and values `[B, T, ...]` up to its position."""
     mask = (jnp.arange(k.shape[1]) <= position)[None, None, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    return _attention(q, k, v, mask=mask, implementation="xla")

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from duo_jax.models import attention
+from duo_jax.models import attention, head
 
 TIME_FEATURES = 256
 
 # The keys and values of one block's past, each [B, T, H, head_dim].
 Cache = tuple[jax.Array, ...]
+
+_KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "blocks": None}
 
 # The reference leaves PyTorch's default in place: uniform in +-1/sqrt(fan_in), for kernels, biases and the embedding rows.
 _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -38,6 +40,11 @@ def time_features(sigma: jax.Array, size: int = TIME_FEATURES, max_period: float
     frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
     angle = sigma.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def by_token(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Returns `fn` of `x [B, L, D]` seen as `[B L, D]`: on a CPU a gradient summed over two axes takes twice as long."""
+    return fn(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.Module):
@@ -133,14 +140,28 @@ class Block(nn.Module):
 
         y = self.norm1(x) * (1 + scale1) + shift1
         # Split before the heads are: the gradient is then one concatenation, not three padded arrays to be added.
-        q, k, v = (part.reshape(batch, length, self.heads, -1) for part in jnp.split(self.qkv(y), 3, axis=-1))
+        q, k, v = (part.reshape(batch, length, self.heads, -1) for part in jnp.split(by_token(self.qkv, y), 3, axis=-1))
         y = attend(attention.rotate(q, cos, sin), attention.rotate(k, cos, sin), v)
-        y = self.attn_out(y.reshape(batch, length, self.dim))
+        y = by_token(self.attn_out, y.reshape(batch, length, self.dim))
         x = x + gate1 * self.drop(y, deterministic=not train)
 
         y = self.norm2(x) * (1 + scale2) + shift2
-        y = self.mlp_out(nn.gelu(self.mlp_in(y), approximate=True))
+        y = by_token(lambda y: self.mlp_out(nn.gelu(self.mlp_in(y), approximate=True)), y)
         return x + gate2 * self.drop(y, deterministic=not train)
+
+
+class Head(nn.Module):
+    """The final linear map to the vocabulary, as `models.head.logits` computes it; zero at the start."""
+
+    vocab_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Maps `[B, L, D]` to logits `[B, L, K]`, float32."""
+        kernel = self.param("kernel", nn.initializers.zeros, (hidden.shape[-1], self.vocab_size))
+        bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
+        return head.logits(hidden, {"kernel": kernel, "bias": bias}, self.dtype)
 
 
 class DiT(nn.Module):
@@ -157,6 +178,9 @@ class DiT(nn.Module):
         adaln: whether the noise level modulates the blocks; False for the autoregressive baseline.
         dtype: compute type of the blocks. Parameters, LayerNorms, the residual stream and logits are float32.
         attention: `auto`, `xla` or `cudnn`.
+        remat: what the backward pass computes anew: `none`, `dots` (all but the products of matrices), `blocks` (all but
+            what goes from block to block).
+        scan: whether the blocks are one scanned loop, which compiles in the time of one block, or unrolled.
     """
 
     vocab_size: int
@@ -169,6 +193,8 @@ class DiT(nn.Module):
     adaln: bool = True
     dtype: jnp.dtype = jnp.float32
     attention: str = "auto"
+    remat: str = "none"
+    scan: bool = False
 
     def setup(self) -> None:
         """Makes the parts."""
@@ -195,7 +221,7 @@ class DiT(nn.Module):
             self.time_in = dense(self.cond_dim, TIME_FEATURES)
             self.time_out = dense(self.cond_dim, self.cond_dim)
             self.modulation_final = Modulation(2, self.dim, self.dtype)
-        self.head = nn.Dense(self.vocab_size, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+        self.head = Head(self.vocab_size, self.dtype)
 
     def embedded(self, inputs: jax.Array, weights: jax.Array | None = None) -> jax.Array:
         """Returns the residual stream's start `[B, L, D]`, float32.
@@ -223,13 +249,36 @@ class DiT(nn.Module):
         if self.adaln:
             cond = nn.silu(self.time_out(nn.silu(self.time_in(time_features(sigma)))))
         cos, sin = attention.rotary_angles(x.shape[1], self.dim // self.heads)
-        for layer in self.layers:
-            x = layer(x, cond, cos, sin, train)
+        if self.is_initializing():
+            for layer in self.layers:
+                x = layer(x, cond, cos, sin, train)
+        else:
+            x = self._through_blocks(x, cond, cos, sin, self.make_rng("dropout") if train else None)
         x = self.norm_final(x)
         if self.adaln:
             shift, scale = self.modulation_final(cond)
             x = x * (1 + scale) + shift
         return x.astype(jnp.float32)
+
+    def _through_blocks(
+        self, x: jax.Array, cond: jax.Array | None, cos: jax.Array, sin: jax.Array, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """All blocks in turn, the same numbers whether unrolled or scanned, kept or recomputed in the backward pass."""
+        block = self.layers[0].clone(parent=None, name=None)
+
+        def apply(x: jax.Array, weights: dict, i: jax.typing.ArrayLike) -> jax.Array:
+            rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, i)}
+            return block.apply({"params": weights}, x, cond, cos, sin, rngs is not None, rngs=rngs)
+
+        if self.remat != "none":
+            apply = jax.checkpoint(apply, policy=_KEPT[self.remat])
+        weights = [layer.variables["params"] for layer in self.layers]
+        if not self.scan:
+            for i, block_weights in enumerate(weights):
+                x = apply(x, block_weights, i)
+            return x
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+        return jax.lax.scan(lambda x, at: (apply(x, *at), None), x, (stacked, jnp.arange(self.blocks)))[0]
 
     def empty_cache(self, batch: int, length: int) -> tuple[Cache, ...]:
         """Returns room for the keys and values of `length` positions, one pair a block; needs no parameters."""
@@ -266,4 +315,4 @@ class DiT(nn.Module):
         train: bool = False,
     ) -> jax.Array:
         """Returns logits `[B, L, K]` float32, all at once; see `embedded` and `hidden` for the arguments."""
-        return self.head(self.hidden(self.embedded(inputs, weights), sigma, train=train)).astype(jnp.float32)
+        return self.head(self.hidden(self.embedded(inputs, weights), sigma, train=train))

@@ -6,12 +6,19 @@ token from it: they are functions of one chunk's logits, which are computed chun
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+Head = dict[str, jax.Array]  # kernel [D, K] and bias [K]
+
+_WHOLE = PartitionSpec()  # of what every device holds whole
+_LARGEST_HALF = float(jnp.finfo(jnp.float16).max)
 # A visitor's intermediates (softmax, log pbar and their gradients) live beside the logits themselves.
 _ARRAYS_PER_CHUNK = 4
 
@@ -24,10 +31,34 @@ def chunk_length(batch: int, length: int, vocab_size: int, mib: int) -> int:
     return -(-length // chunks)
 
 
-def logits(hidden: jax.Array, head: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(hidden: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _project_forward(hidden: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
+    return _project(hidden, kernel, dtype), (hidden, kernel)
+
+
+def _project_backward(dtype: jnp.dtype, residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both products in `dtype` too: left to itself, a float32 cotangent would draw them to float32, at half the speed."""
+    hidden, kernel = residuals
+    if dtype == jnp.float16:  # beyond its range lies infinity, which no loss scale would cure
+        cotangent = jnp.clip(cotangent, -_LARGEST_HALF, _LARGEST_HALF)
+    cotangent = cotangent.astype(dtype)
+    rows = tuple(range(hidden.ndim - 1))
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    d_hidden = product(cotangent, kernel.astype(dtype), (((cotangent.ndim - 1,), (1,)), ((), ())))
+    d_kernel = product(hidden.astype(dtype), cotangent, ((rows, rows), ((), ())))
+    return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def logits(hidden: jax.Array, head: Head, dtype: jnp.dtype) -> jax.Array:
     """Returns `hidden [..., D] @ kernel [D, K] + bias [K]`, multiplied in `dtype` and accumulated in float32."""
-    product = jnp.matmul(hidden.astype(dtype), head["kernel"].astype(dtype), preferred_element_type=jnp.float32)
-    return product + head["bias"]
+    return _project(hidden, head["kernel"], jnp.dtype(dtype)) + head["bias"]
 
 
 def in_chunks(fn: Callable[..., Any], *per_token: Any, chunk: int) -> Any:
@@ -41,20 +72,164 @@ def in_chunks(fn: Callable[..., Any], *per_token: Any, chunk: int) -> Any:
         chunk: l; see `chunk_length`.
     """
     length = jax.tree.leaves(per_token)[0].shape[1]
-    chunks = -(-length // chunk)
-    if chunks == 1:
+    if length <= chunk:
         return fn(*per_token)
+    out = jax.lax.map(jax.checkpoint(lambda args: fn(*args)), _cut(per_token, chunk))
+    return _join(out, length)
 
-    # The last chunk is filled up with copies of the last position, whose results are dropped.
+
+def _cut(per_token: Any, chunk: int) -> Any:
+    """Turns `[B, L, ...]` into `[chunks, B, chunk, ...]`; copies of the last position fill up the last chunk."""
+    length = jax.tree.leaves(per_token)[0].shape[1]
+    chunks = -(-length // chunk)
     source = jnp.minimum(jnp.arange(chunks * chunk), length - 1)
 
     def cut(x: jax.Array) -> jax.Array:
         x = x if chunks * chunk == length else x[:, source]
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
 
+    return jax.tree.map(cut, per_token)
+
+
+def _join(cut: Any, length: int) -> Any:
+    """Undoes `_cut`."""
+
     def join(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], chunks * chunk, *x.shape[3:])[:, :length]
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
-    out = jax.lax.map(jax.checkpoint(lambda args: fn(*args)), jax.tree.map(cut, per_token))
-    return jax.tree.map(join, out)
+    return jax.tree.map(join, cut)
+
+
+def _rows(mesh: Mesh) -> PartitionSpec:
+    """Of what is split by rows over all of a mesh."""
+    return PartitionSpec(mesh.axis_names)
+
+
+def on_rows(fn: Callable[..., Any], mesh: Mesh | None, *, whole: int, rows: int) -> Callable[..., Any]:
+    """Returns `fn` run by each device on its own rows, so that a gradient is summed over the devices once, at the end.
+
+    Args:
+        fn: takes `whole` arguments that every device sees whole and `rows` that are split by rows, as its results are.
+        mesh: the devices; None for one, which changes nothing.
+        whole: see `fn`.
+        rows: see `fn`.
+    """
+    if mesh is None:
+        return fn
+    specs = (_WHOLE,) * whole + (_rows(mesh),) * rows
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=_rows(mesh), check_vma=False)
+
+
+def weighted_sum(
+    fn: Callable[..., jax.Array],
+    head: Head,
+    hidden: jax.Array,
+    weight: jax.Array,
+    per_token: tuple = (),
+    constants: tuple = (),
+    *,
+    chunk: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Returns the sum over tokens of `weight * fn(logits, *per_token, *constants)`, a scalar, in chunks of tokens.
+
+    Where a gradient is wanted it is taken along with the value, chunk by chunk: a sum's gradient needs nothing from what
+    comes after it, so each chunk's logits are computed once and gone, and not again in the backward pass. On several
+    devices each sums its own rows, and the head's gradient is summed over the devices once, not once a chunk.
+
+    Args:
+        fn: maps `[B, l, K]` logits and `[B, l, ...]` to `[B, l]`, each token by itself. No gradient flows to what it is
+            given beside the logits.
+        head: `kernel [D, K]` and `bias [K]`.
+        hidden: `[B, L, D]`.
+        weight: `[B, L]`; a token of weight 0 counts nothing, even where `fn` is infinite.
+        per_token: pytrees of `[B, L, ...]`.
+        constants: pytrees that every token sees whole.
+        chunk: l; see `chunk_length`.
+        dtype: of the products.
+        mesh: the devices over which the rows are split; None for one device.
+    """
+    # What fn must not close over are traced arrays; hence the arguments.
+    rest = jax.lax.stop_gradient((weight, per_token, constants))
+    return _weighted_sum(head, hidden, rest, _Pass(fn, chunk, jnp.dtype(dtype), mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One visit to all chunks; static."""
+
+    fn: Callable[..., jax.Array]
+    chunk: int
+    dtype: jnp.dtype
+    mesh: Mesh | None
+
+    def _visit(self, head: Head, hidden: jax.Array, weight: jax.Array, per_token: tuple, constants: tuple) -> jax.Array:
+        out = self.fn(logits(hidden, head, self.dtype), *per_token, *constants)
+        return jnp.sum(jnp.where(weight > 0, weight * out, 0.0))
+
+    def value(self, head: Head, hidden: jax.Array, rest: tuple) -> jax.Array:
+        """The sum alone."""
+        weight, per_token, constants = rest
+        start = jnp.zeros(())
+
+        def visit(total: jax.Array, piece: tuple) -> tuple[jax.Array, None]:
+            hidden, weight, per_token, counts = piece
+            return total + self._visit(head, hidden, weight * counts, per_token, constants), None
+
+        total, _ = jax.lax.scan(visit, start, self._pieces(hidden, weight, per_token))
+        return self._over_devices(total)
+
+    def value_and_grad(self, head: Head, hidden: jax.Array, rest: tuple) -> tuple[jax.Array, Head, jax.Array]:
+        """The sum and its gradient in `head` and `hidden`."""
+        weight, per_token, constants = rest
+        start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, head)
+
+        def visit(carry: tuple, piece: tuple) -> tuple[tuple, jax.Array]:
+            hidden, weight, per_token, counts = piece
+            value, (d_head, d_hidden) = jax.value_and_grad(self._visit, argnums=(0, 1))(
+                head, hidden, weight * counts, per_token, constants
+            )
+            return jax.tree.map(jnp.add, carry, (value, d_head)), d_hidden
+
+        summed, d_hidden = jax.lax.scan(visit, start, self._pieces(hidden, weight, per_token))
+        return *self._over_devices(summed), _join(d_hidden, hidden.shape[1])
+
+    def _pieces(self, hidden: jax.Array, weight: jax.Array, per_token: tuple) -> tuple:
+        # The copies that fill up the last chunk do not count.
+        length = hidden.shape[1]
+        pieces = _cut((hidden, weight, per_token), self.chunk)
+        chunks, batch = pieces[1].shape[:2]
+        counts = (jnp.arange(chunks * self.chunk) < length).reshape(chunks, 1, self.chunk)
+        return *pieces, jnp.broadcast_to(counts, (chunks, batch, self.chunk))
+
+    def _over_devices(self, x: Any) -> Any:
+        return x if self.mesh is None else jax.lax.psum(x, self.mesh.axis_names)
+
+    def on_devices(self, method: Callable[..., Any], out: tuple | PartitionSpec) -> Callable[..., Any]:
+        """Runs `method` on each device's rows."""
+        if self.mesh is None:
+            return method
+        rows = _rows(self.mesh)
+        specs = (_WHOLE, rows, (rows, rows, _WHOLE))
+        return jax.shard_map(method, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _weighted_sum(head: Head, hidden: jax.Array, rest: tuple, plan: _Pass) -> jax.Array:
+    return plan.on_devices(plan.value, _WHOLE)(head, hidden, rest)
+
+
+def _weighted_sum_forward(head: Head, hidden: jax.Array, rest: tuple, plan: _Pass) -> tuple[jax.Array, tuple]:
+    out = (_WHOLE, _WHOLE, plan.mesh and _rows(plan.mesh))
+    value, d_head, d_hidden = plan.on_devices(plan.value_and_grad, out)(head, hidden, rest)
+    return value, (d_head, d_hidden)
+
+
+def _weighted_sum_backward(plan: _Pass, gradient: tuple, cotangent: jax.Array) -> tuple:
+    d_head, d_hidden = jax.tree.map(lambda g: g * cotangent, gradient)
+    return d_head, d_hidden, None
+
+
+_weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)

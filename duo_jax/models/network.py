@@ -1,9 +1,8 @@
-"""What a trained network is: its sizes, its weights, and the denoiser that losses and samplers call."""
+"""What a trained network is: its sizes, its weights, and what losses and samplers call."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +14,7 @@ from duo_jax.errors import UserError
 from duo_jax.models import head
 from duo_jax.models.dit import DiT
 
-# predict(inputs, sigma [B], visitor, *per_token) -> visitor(logits [B, L, K], *per_token), possibly chunk by chunk.
 Weights = dict[str, Any]
-Visitor = Callable[..., Any]
-Predict = Callable[..., Any]
 
 # Width, blocks, heads, conditioning width. `nano` is what two CPU cores can teach in minutes.
 SIZES = {
@@ -49,6 +45,8 @@ class Network:
     precision: str = "auto"
     attention: str = "auto"
     head_mib: int = 256
+    remat: str = "none"
+    scan: bool = False
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, mask_id: int | None = None) -> Network:
@@ -94,6 +92,8 @@ class Network:
             precision=config.precision,
             attention=model.attention,
             head_mib=model.head_mib,
+            remat=model.remat,
+            scan=model.scan,
         )
 
     @property
@@ -116,6 +116,8 @@ class Network:
             adaln=not autoregressive,
             dtype=self.dtype,
             attention=self.attention,
+            remat=self.remat,
+            scan=self.scan,
         )
 
     def init(self, key: jax.Array) -> Weights:
@@ -138,34 +140,9 @@ class Network:
         """Returns logits `[..., K]` float32 of `hidden [..., D]`."""
         return head.logits(hidden, weights["head"], self.dtype)
 
-    def chunk(self, batch: int, shards: int, *, networks: int = 1) -> int:
-        """Returns the chunk for `head.in_chunks`, for a batch over `shards` devices and so many networks' logits."""
-        return head.chunk_length(networks * -(-batch // shards), self.length, self.vocab_size, self.head_mib)
-
-    def predict(self, weights: Weights, *, dropout_key: jax.Array | None = None, shards: int = 1) -> Predict:
-        """Returns the denoiser as a function `predict(inputs, sigma, visitor, *per_token)`.
-
-        `inputs` are token ids `[B, L]` or an embedded `[B, L, D]` (float); `visitor(logits [B, l, K], *per_token
-        [B, l, ...])` says what is wanted of each token's logits. It is called on chunks of the length, so the logits of a
-        whole batch never exist at once.
-
-        Args:
-            weights: the network's parameters.
-            dropout_key: makes dropout act, as in training.
-            shards: how many devices the batch is split over, for the size of a chunk.
-        """
-
-        def predict(inputs: jax.Array, sigma: jax.Array | None, visitor: Visitor, *per_token: Any) -> Any:
-            x = inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else self.embed(weights, inputs)
-            hidden = self.hidden(weights, x, sigma, dropout_key)
-            return head.in_chunks(
-                lambda hidden, *rest: visitor(self.logits(weights, hidden), *rest),
-                hidden,
-                *per_token,
-                chunk=self.chunk(x.shape[0], shards),
-            )
-
-        return predict
+    def chunk(self, batch: int, length: int, shards: int = 1, *, networks: int = 1) -> int:
+        """Returns the chunk for `models.head`, of `[batch, length]` over `shards` devices and so many networks' logits."""
+        return head.chunk_length(networks * -(-batch // shards), length, self.vocab_size, self.head_mib)
 
 
 @struct.dataclass
@@ -186,15 +163,20 @@ class Params:
 def compute_dtype(precision: str) -> jnp.dtype:
     """Returns the compute type of the blocks.
 
-    `auto` is bfloat16 where the matrix units know it (TPU, NVIDIA Ampere and newer), float32 elsewhere: a T4 emulates
-    bfloat16 slowly, and so does a CPU.
+    `auto` is what the matrix units know: bfloat16 on a TPU and on NVIDIA's Ampere and newer (8.0), float16 on its Volta
+    and Turing (7.0, 7.5: V100, T4), which emulate bfloat16 slowly, and float32 elsewhere, as on a CPU.
     """
     if precision != "auto":
         return jnp.dtype(precision)
     device = jax.devices()[0]
-    if device.platform == "tpu" or float(getattr(device, "compute_capability", 0) or 0) >= 8:
+    return fastest_dtype(device.platform, float(getattr(device, "compute_capability", 0) or 0))
+
+
+def fastest_dtype(platform: str, compute_capability: float) -> jnp.dtype:
+    """Returns the compute type for a platform as JAX names it; the capability of an NVIDIA GPU, 0 for anything else."""
+    if platform == "tpu" or compute_capability >= 8:
         return jnp.dtype(jnp.bfloat16)
-    return jnp.dtype(jnp.float32)
+    return jnp.dtype(jnp.float16 if compute_capability >= 7 else jnp.float32)
 
 
 def count(weights: Weights) -> int:

@@ -293,7 +293,7 @@ def denoiser(network: Network, weights: Any, *, shards: int = 1) -> Denoise:
                 )
             return visitor(logits, *per_token)
 
-        chunk = network.chunk(sigma.shape[0], shards, networks=len(states))
+        chunk = network.chunk(*states[0].shape, shards, networks=len(states))
         return head.in_chunks(visit, hidden, states, *per_token, chunk=chunk)
 
     return denoise

@@ -111,7 +111,7 @@ def compile_step(config: ConfigDict, run: Run) -> tuple[Any, Any, Any]:
     """
     optimizer = optimizer_lib.create(config.train)
     settings: dict[str, Any] = {
-        "make_loss": objectives.training_loss(config, run.network, shards=run.mesh.size),
+        "make_loss": objectives.training_loss(config, run.network, mesh=run.mesh),
         "optimizer": optimizer,
         "ema": config.train.ema,
     }

@@ -212,7 +212,7 @@ class Run:
     def evaluate(self, step: int, ema: Any) -> likelihood.Likelihood:
         """Measures held-out likelihood with the averaged weights, records it and draws the picture anew."""
         result = likelihood.evaluate(
-            ema, self.network, self.heldout, lambda batch: partition.put(batch, self.mesh), shards=self.mesh.size
+            ema, self.network, self.heldout, lambda batch: partition.put(batch, self.mesh), mesh=self.mesh
         )
         scalars = {"heldout/nll": result.nll, "heldout/bpd": result.bpd, "heldout/ppl": result.ppl}
         if not self.evaluated(step):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.training.dynamic_scale import DynamicScale
 
 from duo_jax.models.network import Network, Weights
 from duo_jax.objectives import Batch, LossFn
 from duo_jax.training import optimizer as optimizer_lib
+
+# A gradient that overflows below this is not one that a scale would cure.
+_SMALLEST_SCALE = 2.0**-14
 
 
 @struct.dataclass
@@ -25,6 +30,7 @@ class TrainState:
         opt_state: the optimizer's moments.
         key: data of the PRNG key (uint32) from which each step's key is folded.
         teacher: weights that a distilled network learns from; empty otherwise.
+        loss_scale: what a loss computed in float16 is multiplied by, so that its gradient does not vanish; empty otherwise.
     """
 
     step: jax.Array
@@ -33,6 +39,7 @@ class TrainState:
     opt_state: optax.OptState
     key: jax.Array
     teacher: Weights
+    loss_scale: DynamicScale | dict
 
 
 def create(
@@ -52,6 +59,14 @@ def create(
         opt_state=optimizer.init(params),
         key=jax.random.key_data(key_run),
         teacher=jax.tree.map(jnp.copy, params) if network.algo == "dcd" else {},
+        loss_scale=new_loss_scale() if network.dtype == jnp.float16 else {},
+    )
+
+
+def new_loss_scale() -> DynamicScale:
+    """Returns the scale to start from: halved whenever a gradient overflows, doubled after 2,000 steps without."""
+    return DynamicScale(
+        scale=jnp.float32(2.0**16), fin_steps=jnp.int32(0), minimum_scale=_SMALLEST_SCALE, growth_interval=2_000
     )
 
 
@@ -66,6 +81,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the next state and the step's loss (nats per token) and gradient norm before clipping. Pure.
 
+    With a loss scale also the scale, and whether the step was skipped because its gradient overflowed.
+
     Args:
         state: before the step.
         batch: `tokens` and `mask`.
@@ -76,13 +93,28 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     loss_fn = make_loss(state.teacher)
-    (loss, _), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key, state.step)
+    scaled = isinstance(state.loss_scale, DynamicScale)
+    value_and_grad = state.loss_scale.value_and_grad if scaled else jax.value_and_grad
+    result = value_and_grad(loss_fn, has_aux=True)(state.params, batch, key, state.step)
+    loss_scale, finite, ((loss, _), gradient) = (*result[:2], result[2:]) if scaled else ({}, None, result)
+
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     averaged = optimizer_lib.update_ema(state.ema, params, step, ema)
-    state = state.replace(step=step, params=params, ema=averaged, opt_state=opt_state)
-    return state.replace(teacher=new_teacher(state)), {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
+    learnt = {"params": params, "ema": averaged, "opt_state": opt_state}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
+    if scaled:
+        # A step whose gradient overflowed teaches nothing but a smaller scale.
+        learnt = {
+            name: jax.tree.map(functools.partial(jnp.where, finite), new, getattr(state, name))
+            for name, new in learnt.items()
+        }
+        skipped = ~finite & (loss_scale.scale > _SMALLEST_SCALE)
+        metrics["grad_norm"] = jnp.where(skipped, 0.0, metrics["grad_norm"])
+        metrics |= {"loss_scale": loss_scale.scale, "skipped": skipped.astype(jnp.float32)}
+    state = state.replace(step=step, loss_scale=loss_scale, **learnt)
+    return state.replace(teacher=new_teacher(state)), metrics
 
 
 def renew_teacher(state: TrainState, *, every: int, source: str) -> Weights:

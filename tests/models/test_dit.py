@@ -10,9 +10,9 @@ import pytest
 
 from duo_jax import convert
 from duo_jax.errors import UserError
-from duo_jax.models import attention, head
+from duo_jax.models import attention
 from duo_jax.models.dit import DiT, time_features
-from duo_jax.models.network import SIZES, Network, count
+from duo_jax.models.network import SIZES, Network, count, fastest_dtype
 
 VOCAB = 53
 
@@ -98,59 +98,16 @@ def test_a_fresh_network_is_uniform_and_its_dropout_acts_only_in_training():
 
     # Away from the start, where gates and head are zero.
     weights = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(2), w.shape), weights)
-    plain = net.predict(weights)(tokens, sigma, lambda logits: logits)
-    np.testing.assert_array_equal(plain, net.predict(weights)(tokens, sigma, lambda logits: logits))
-    dropped = net.predict(weights, dropout_key=jax.random.key(3))(tokens, sigma, lambda logits: logits)
+    x = net.embed(weights, tokens)
+    plain = net.hidden(weights, x, sigma)
+    np.testing.assert_array_equal(plain, net.hidden(weights, x, sigma))
+    dropped = net.hidden(weights, x, sigma, jax.random.key(3))
     assert not np.allclose(plain, dropped)
     causal = dataclasses.replace(net, dropout=0.0).module.clone(causal=True)
     changed = tokens.at[:, 6:].add(1) % VOCAB
     a, b = (causal.apply({"params": weights}, t, sigma) for t in (tokens, changed))
     np.testing.assert_allclose(a[:, :6], b[:, :6], atol=1e-6)
     assert not np.allclose(a[:, 6:], b[:, 6:])
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 5, 7, 12])
-def test_the_chunked_head_equals_the_dense_one(chunk):
-    keys = jax.random.split(jax.random.key(0), 4)
-    hidden = jax.random.normal(keys[0], (3, 12, 8))
-    weights = {"kernel": jax.random.normal(keys[1], (8, VOCAB)), "bias": jax.random.normal(keys[2], (VOCAB,))}
-    targets = jax.random.randint(keys[3], (3, 12), 0, VOCAB)
-
-    def nll(logits, x):
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None], -1)[..., 0]
-
-    def loss(hidden, weights, chunk):
-        per_token = head.in_chunks(
-            lambda hidden, x: nll(head.logits(hidden, weights, jnp.dtype("float32")), x), hidden, targets, chunk=chunk
-        )
-        return (per_token * jnp.arange(12)).sum(), per_token
-
-    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
-    (gradient, value), (dense_gradient, dense_value) = grad(hidden, weights, chunk), grad(hidden, weights, 12)
-    np.testing.assert_allclose(value, dense_value, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), gradient, dense_gradient)
-
-
-def test_the_chunked_head_holds_no_batch_of_logits():
-    batch, length, vocab = 4, 256, 20_000
-    chunk = head.chunk_length(batch, length, vocab, mib=16)
-    weights = {"kernel": jnp.zeros((8, vocab)), "bias": jnp.zeros(vocab)}
-
-    def log_normaliser(hidden):
-        return jax.nn.logsumexp(head.logits(hidden, weights, jnp.dtype("float32")), axis=-1)
-
-    def loss(hidden):
-        return head.in_chunks(log_normaliser, hidden, chunk=chunk).sum()
-
-    compiled = jax.jit(jax.grad(loss)).lower(jnp.zeros((batch, length, 8))).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20 < batch * length * vocab * 4
-
-
-def test_chunk_length_covers_and_fits():
-    for batch, length, vocab, mib in [(32, 1024, 50_258, 256), (8, 127, 512, 1), (1, 1, 2, 1), (512, 1024, 50_258, 1)]:
-        chunk = head.chunk_length(batch, length, vocab, mib)
-        assert 1 <= chunk <= length
-        assert chunk == 1 or batch * chunk * vocab * 16 <= mib * 2**20
 
 
 H100 = {"platform": "gpu", "compute_capability": 9.0, "dtype": jnp.bfloat16, "head_dim": 64}
@@ -167,3 +124,23 @@ def test_the_choice_of_attention_is_explicit():
         with pytest.raises(UserError, match="cudnn"):
             attention.choose("cudnn", **{**H100, **change})
         assert why
+
+
+@pytest.mark.parametrize(("remat", "scan"), [("dots", False), ("blocks", False), ("none", True), ("blocks", True)])
+def test_recomputing_or_scanning_blocks_changes_no_number(remat, scan):
+    nets = network(dropout=0.3), network(dropout=0.3, remat=remat, scan=scan)
+    weights = nets[0].init(jax.random.key(0))
+    weights = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(2), w.shape), weights)
+    x, sigma = jax.random.normal(jax.random.key(1), (2, 12, nets[0].dim)), jnp.array([0.1, 3.0])
+
+    def loss(weights, net):
+        return (net.hidden(weights, x, sigma, jax.random.key(3)) ** 2).sum()
+
+    want, got = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(weights, net) for net in nets)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4 * np.abs(a).max()), want, got)
+
+
+def test_the_compute_type_is_what_the_devices_matrix_units_know():
+    assert fastest_dtype("tpu", 0) == fastest_dtype("gpu", 8.0) == fastest_dtype("gpu", 9.0) == jnp.bfloat16
+    assert fastest_dtype("gpu", 7.5) == fastest_dtype("gpu", 7.0) == jnp.float16
+    assert fastest_dtype("cpu", 0) == fastest_dtype("gpu", 6.1) == jnp.float32

@@ -54,7 +54,8 @@ def steps(settings, workdir, devices):
 
 
 def test_four_devices_compute_what_one_does(text_folder, tmp_path):
-    settings = {**tiny_settings(text_folder), "model.dim": 128}
+    settings = {**tiny_settings(text_folder), "algo.name": "duo", "model.dim": 128, "model.head_mib": 1}
+    settings["algo.curriculum.kind"] = "full"
     one = steps(settings, tmp_path, devices=1)
     data = steps(settings, tmp_path, devices=4)
     fsdp = steps({**settings, "mesh.fsdp": 2}, tmp_path, devices=4)

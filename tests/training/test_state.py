@@ -1,0 +1,76 @@
+"""The train step in float16: the loss is scaled, and a gradient that overflows changes nothing but the scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import make_config
+
+from duo_jax import objectives
+from duo_jax.models.network import Network
+from duo_jax.training import optimizer, state
+
+SETTINGS = {
+    "algo.name": "duo_base", "model.size": "nano", "model.dim": 32, "model.blocks": 2, "model.heads": 2,
+    "model.cond_dim": 16, "model.length": 16, "model.dropout": 0.0, "train.lr": 3e-3, "train.warmup": 5, "train.ema": 0.9,
+}  # fmt: skip
+
+
+def setup(precision):
+    config = make_config({**SETTINGS, "precision": precision})
+    network = Network.from_config(config, 53)
+    tx = optimizer.create(config.train)
+    make_loss = objectives.training_loss(config, network)
+    step = jax.jit(lambda s, b: state.train_step(s, b, make_loss=make_loss, optimizer=tx, ema=config.train.ema))
+    tokens = jnp.tile(jnp.arange(16), (8, 1))
+    return state.create(network, tx, 0), step, {"tokens": tokens, "mask": jnp.ones_like(tokens)}
+
+
+def test_float16_learns_as_float32_does():
+    losses = {}
+    for precision in ("float16", "float32"):
+        current, step, batch = setup(precision)
+        rows = []
+        for _ in range(40):
+            current, metrics = step(current, batch)
+            rows.append(float(metrics["loss"]))
+        losses[precision] = np.array(rows)
+    np.testing.assert_allclose(losses["float16"][:5], losses["float32"][:5], rtol=2e-3)
+    np.testing.assert_allclose(losses["float16"][-10:].mean(), losses["float32"][-10:].mean(), rtol=0.05)
+    assert losses["float16"][-10:].mean() < 0.7 * losses["float16"][0]
+
+
+def test_an_overflow_changes_only_the_scale():
+    current, step, batch = setup("float16")
+    for _ in range(3):  # the head starts at zero, and with it every other gradient
+        current, metrics = step(current, batch)
+        assert metrics["skipped"] == 0
+    assert metrics["loss_scale"] == 2.0**16
+    scale = current.loss_scale.replace(scale=jnp.float32(2.0**60))
+    after, metrics = step(current.replace(loss_scale=scale), batch)
+    assert metrics["skipped"] == 1
+    assert metrics["loss_scale"] == 2.0**59
+    assert np.isfinite(metrics["loss"])
+    assert int(after.step) == int(current.step) + 1
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(current, name))
+
+
+def test_what_no_scale_cures_is_reported():
+    current, step, batch = setup("float16")
+    broken = jax.tree.map(lambda w: w * jnp.inf, current.params)
+    scale = current.loss_scale.replace(scale=jnp.float32(2.0**-14))
+    _, metrics = step(current.replace(params=broken, loss_scale=scale), batch)
+    assert not np.isfinite(metrics["grad_norm"])
+
+
+def test_the_scale_grows_after_a_while_without_overflow():
+    current, step, batch = setup("float16")
+    scale = current.loss_scale.replace(fin_steps=jnp.int32(2_000))
+    _, metrics = step(current.replace(loss_scale=scale), batch)
+    assert metrics["loss_scale"] == 2.0**17
+
+
+def test_other_precisions_have_no_scale():
+    current, step, batch = setup("float32")
+    assert current.loss_scale == {}
+    assert set(step(current, batch)[1]) == {"loss", "grad_norm"}
