@@ -32,6 +32,7 @@ def _load(path: str) -> ConfigDict:
             f"--config={path} is not a Python file; give one with get_config(), like configs/quickstart.py."
         )
     module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(path).resolve().parents[1]))  # so that one recipe can start from another in its folder
     try:
         spec.loader.exec_module(module)
         config = module.get_config()

@@ -14,7 +14,7 @@ from duo_jax.errors import UserError
 from duo_jax.models.network import Network, count
 from duo_jax.training import optimizer, state
 
-MILLIONS = {"owt": 170, "lm1b": 139, "tiny": 34, "quickstart": 1}
+MILLIONS = {"owt": 170, "lm1b": 139, "tiny": 34, "quickstart": 1, "distill_owt": 170, "quickstart_distill": 1}
 
 
 def get_config(path):
@@ -26,8 +26,12 @@ def get_config(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_a_recipe_traces(path):
-    config = get_config(path).lock()
-    config_lib.check(config)
+    config = get_config(path)
+    if config.algo.name == "dcd":
+        with pytest.raises(UserError, match="init_from"):
+            config_lib.check(config)
+        config.init_from = "somewhere"
+    config_lib.check(config.lock())
     network = Network.from_config(config, tokenizers.vocab_size(config.data.tokenizer, config.data.bpe_size))
     adam = optimizer.create(config.train)
     before = jax.eval_shape(lambda: state.create(network, adam, 0))
