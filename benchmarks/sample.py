@@ -33,9 +33,8 @@ COLUMNS = {
     "case": "case", "n_steps": "steps", "noise_removal": "removal", "top_p": "top_p", "batch": "B", "length": "L",
     "vocab": "K", "dtype": "dtype", "calls": "calls", "seconds_per_text": "s/text", "median_ms": "batch ms",
     "call_ms": "call ms", "tokens_per_s": "tokens/s", "mfu_percent": "MFU %", "peak_gflops": "matmul GFLOP/s",
-    "rss_baseline_mib": "base RSS MiB", "rss_mib": "RSS MiB",
-    "device_peak_mib": "device MiB", "temporary_mib": "temp MiB", "total_mib": "program MiB",
-    "compile_s": "compile s", "error": "error",
+    "rss_baseline_mib": "base RSS MiB", "rss_mib": "RSS MiB", "device_peak_mib": "device MiB",
+    "temporary_mib": "temp MiB", "total_mib": "program MiB", "compile_s": "compile s", "error": "error",
 }  # fmt: skip
 _SAME = ("case", "n_steps", "noise_removal", "top_p")
 # The algorithm to show a sampler with, where the config's own does not know it.

@@ -26,10 +26,10 @@ from duo_jax.errors import UserError
 
 COLUMNS = {
     "case": "case", "batch": "B", "length": "L", "vocab": "K", "blocks": "blocks", "dtype": "dtype",
-    "median_ms": "step ms", "best_ms": "best ms", "tokens_per_s": "tokens/s", "mfu_percent": "MFU %",
-    "peak_gflops": "matmul GFLOP/s", "rss_baseline_mib": "base RSS MiB", "rss_mib": "RSS MiB",
-    "device_peak_mib": "device MiB",
-    "temporary_mib": "temp MiB", "total_mib": "program MiB", "compile_s": "compile s", "error": "error",
+    "median_ms": "step ms", "best_ms": "best ms", "queued_ms": "queued ms", "tokens_per_s": "tokens/s",
+    "mfu_percent": "MFU %", "peak_gflops": "matmul GFLOP/s", "rss_baseline_mib": "base RSS MiB",
+    "rss_mib": "RSS MiB", "device_peak_mib": "device MiB", "temporary_mib": "temp MiB", "total_mib": "program MiB",
+    "compile_s": "compile s", "error": "error",
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def measure_case(config: ConfigDict, case: programs.Case, vocab_size: int, steps
             "device_peak_mib": measure.mib(measure.device_peak()),
         }
         before = measure.matmul_peak(network.dtype)
-        taken = step_times(step, state, batch, steps)
+        taken, queued = step_times(step, state, batch, steps)
         after = measure.matmul_peak(network.dtype)
     except jax.errors.JaxRuntimeError as error:
         if not measure.out_of_memory(error):
@@ -68,20 +68,28 @@ def measure_case(config: ConfigDict, case: programs.Case, vocab_size: int, steps
         return row | {"error": "out of memory"}
     work = config.train.batch_size * flops.train_row(network, network.length, relaxed=case.phase == "full")
     tokens = config.train.batch_size * network.length
-    return row | measure.speed_columns(taken, tokens, work, (before, after), plan.mesh.size) | {"times_s": taken}
+    speed = measure.speed_columns(taken, tokens, work, (before, after), plan.mesh.size)
+    return row | speed | {"queued_ms": 1e3 * queued, "times_s": taken}
 
 
-def step_times(step: Any, state: Any, batch: dict[str, jax.Array], steps: int) -> list[float]:
-    """Returns the seconds between the ends of steps, with one more step queued always, as training has it."""
-    ends, waiting = [], None
-    for _ in range(steps + 2):
+def step_times(step: Any, state: Any, batch: dict[str, jax.Array], steps: int) -> tuple[list[float], float]:
+    """Returns the seconds of each step, from asking to result, and those a step takes with the next one queued.
+
+    Training has one step queued always, which hides from a fast device the host's work of asking.
+    """
+    taken = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        state, waiting = step(state, batch)
+        jax.block_until_ready((state, waiting))
+        taken.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    for _ in range(steps):
         state, metrics = step(state, batch)
-        if waiting is not None:
-            jax.block_until_ready(waiting)
-            ends.append(time.perf_counter())
+        jax.block_until_ready(waiting)
         waiting = metrics
     jax.block_until_ready(waiting)
-    return [end - start for start, end in itertools.pairwise(ends)]
+    return taken, (time.perf_counter() - start) / steps
 
 
 def run(

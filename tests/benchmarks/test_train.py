@@ -27,6 +27,7 @@ def test_the_report_of_a_sweep(tmp_path):
         assert len(row["times_s"]) == 2
         assert row["best_ms"] <= row["median_ms"]
         assert row["tokens_per_s"] == pytest.approx(row["batch"] * 16 / row["median_ms"] * 1e3)
+        assert row["queued_ms"] > 0
         assert 0 < row["mfu_percent"] < 100
         assert row["compile_s"] > 0
         assert row["rss_baseline_mib"] < row["rss_mib"]
