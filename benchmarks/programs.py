@@ -99,14 +99,6 @@ def usual_cases(config: ConfigDict) -> list[Case]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """What `loop.compile_step` asks of a run; the run itself would want data on disk."""
-
-    network: Network
-    mesh: Mesh
-
-
-@dataclasses.dataclass(frozen=True)
 class Training:
     """A train step, not compiled yet.
 
@@ -133,7 +125,7 @@ def training(config: ConfigDict, vocab_size: int) -> Training:
     batch_size = config.train.batch_size
     partition.check_batch(mesh, "train.batch_size", batch_size)
     network = Network.from_config(config, vocab_size)
-    initial, step, state = loop.compile_step(config, _Run(network, mesh))
+    initial, step, state = loop.compile_step(config, network, mesh)
     rows = jax.ShapeDtypeStruct((batch_size, network.length), np.int32, sharding=partition.batch_sharding(mesh))
     return Training(network, mesh, initial, step.lower(state, {"tokens": rows, "mask": rows}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import difflib
 import importlib.util
@@ -9,7 +10,7 @@ import itertools
 import logging
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import app, flags
@@ -105,6 +106,24 @@ def keep_memory() -> None:
         libc.mallopt(option, value)
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Prints the package's log lines plainly, and turns a `UserError` inside into one line and exit status 2."""
+    plain = logging.StreamHandler()
+    plain.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("duo_jax")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(plain)
+    ours.propagate = False  # absl would print it once more, behind its time stamp
+    try:
+        yield
+    except UserError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
 def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
     """Parses the command line and calls `main(config)`, or `main(config, workdir)` where `workdir` is asked for.
 
@@ -121,13 +140,7 @@ def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
             _fail(error)
 
     def call(_: list[str]) -> None:
-        plain = logging.StreamHandler()
-        plain.setFormatter(logging.Formatter("%(message)s"))
-        ours = logging.getLogger("duo_jax")
-        ours.setLevel(logging.INFO)
-        ours.addHandler(plain)
-        ours.propagate = False  # absl would print it once more, behind its time stamp
-        try:
+        with one_line_errors():
             config = flags.FLAGS.config
             config_lib.check(config)
             if not workdir:
@@ -136,11 +149,6 @@ def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
                 main(config, flags.FLAGS.workdir)
             else:
                 raise UserError("--workdir is missing; give a folder for the run, such as --workdir=runs/quickstart.")
-        except UserError as error:
-            _fail(error)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
 
     keep_memory()
     app.run(call, flags_parser=parse_or_exit)

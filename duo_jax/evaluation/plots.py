@@ -50,6 +50,44 @@ def perplexity(
     axes.set_title(title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(framealpha=0.9)
+    _save(figure, path)
+
+
+def few_steps(
+    path: Path, curves: dict[str, list[tuple[int, float, float, float]]], level: tuple[float, float], judge: str
+) -> None:
+    """Writes a PNG of generative perplexity and unigram entropy against network calls.
+
+    Args:
+        path: the file.
+        curves: by name: (network calls, perplexity, its standard deviation over seeds, entropy).
+        level: perplexity and entropy of held-out text.
+        judge: the language model that judged.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
+    for i, (name, rows) in enumerate(curves.items()):
+        calls, ppl, spread, entropy = zip(*sorted(rows), strict=True)
+        style = {"marker": "o", "markersize": 4, "color": f"C{i // 2}", "linestyle": "--" if i % 2 else "-"}
+        left.errorbar(calls, ppl, yerr=spread, capsize=2, label=name, **style)
+        right.plot(calls, entropy, label=name, **style)
+    left.axhline(level[0], color="0.35", linestyle=":", label=f"held-out text ({level[0]:.0f})")
+    right.axhline(level[1], color="0.35", linestyle=":", label=f"held-out text ({level[1]:.2f})")
+    left.set_yscale("log")
+    left.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    left.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    left.yaxis.set_minor_formatter(ticker.NullFormatter())
+    left.set_ylabel(f"perplexity under {judge}")
+    right.set_ylabel("unigram entropy (nats)")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.set_xlabel("network calls")
+        axes.grid(alpha=0.3, which="both")
+    left.legend(framealpha=0.9, fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")

@@ -44,7 +44,7 @@ class Network:
     d3pm_steps: int = 1000
     precision: str = "auto"
     attention: str = "auto"
-    head_mib: int = 256
+    head_mib: int = 128
     remat: str = "none"
     scan: bool = False
 

@@ -42,7 +42,8 @@ def _full_disk(error: BaseException) -> bool:
 
 def _rest(state: TrainState) -> dict[str, Any]:
     """What a checkpoint keeps beside the weights."""
-    return {"step": state.step, "opt_state": state.opt_state, "key": state.key, "teacher": state.teacher}
+    names = ("step", "opt_state", "key", "teacher", "loss_scale")
+    return {name: getattr(state, name) for name in names}
 
 
 @contextlib.contextmanager

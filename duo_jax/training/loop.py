@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from duo_jax import objectives, progress
 from duo_jax.errors import UserError
+from duo_jax.models.network import Network
 from duo_jax.training import optimizer as optimizer_lib
 from duo_jax.training import partition
 from duo_jax.training.checkpoint import Checkpoints
@@ -103,7 +105,7 @@ class Meter:
         return mean
 
 
-def compile_step(config: ConfigDict, run: Run) -> tuple[Any, Any, Any]:
+def compile_step(config: ConfigDict, network: Network, mesh: Mesh) -> tuple[Any, Any, Any]:
     """Returns the jitted initialiser and train step, and the state's shapes with their shardings.
 
     The initialiser takes weights to start from, or None for fresh ones. The step takes `(state, batch)`, gives `(state,
@@ -111,22 +113,22 @@ def compile_step(config: ConfigDict, run: Run) -> tuple[Any, Any, Any]:
     """
     optimizer = optimizer_lib.create(config.train)
     settings: dict[str, Any] = {
-        "make_loss": objectives.training_loss(config, run.network, mesh=run.mesh),
+        "make_loss": objectives.training_loss(config, network, mesh=mesh),
         "optimizer": optimizer,
         "ema": config.train.ema,
     }
-    if run.network.algo == "dcd":
+    if network.algo == "dcd":
         distil = config.algo.distillation
         settings["new_teacher"] = functools.partial(renew_teacher, every=distil.round_length, source=distil.teacher)
 
-    initial = functools.partial(create, run.network, optimizer, config.seed)
+    initial = functools.partial(create, network, optimizer, config.seed)
     shapes = jax.eval_shape(initial)
-    shardings = partition.state_shardings(run.mesh, shapes)
+    shardings = partition.state_shardings(mesh, shapes)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     step = jax.jit(
         functools.partial(train_step, **settings),
-        in_shardings=(shardings, partition.batch_sharding(run.mesh)),
-        out_shardings=(shardings, partition.replicated(run.mesh)),
+        in_shardings=(shardings, partition.batch_sharding(mesh)),
+        out_shardings=(shardings, partition.replicated(mesh)),
         donate_argnums=0,
     )
     return jax.jit(initial, out_shardings=shardings), step, shapes
@@ -158,7 +160,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         UserError: what a user can put right, in one sentence.
     """
     with Run.open(config, workdir) as run:
-        initial, step_fn, like = compile_step(config, run)
+        initial, step_fn, like = compile_step(config, run.network, run.mesh)
         checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
         try:
             with Interrupt().watch() as interrupt:

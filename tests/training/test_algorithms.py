@@ -29,7 +29,7 @@ def settings_for(text_folder, name):
 def losses(config, steps, workdir, until=None):
     """Takes train steps as the loop does; returns their losses and how often the step was compiled."""
     with loop.Run.open(config, str(workdir)) as run:
-        initial, step, _ = loop.compile_step(config, run)
+        initial, step, _ = loop.compile_step(config, run.network, run.mesh)
         state, values = initial(run.start_from()), []
         for _ in range(steps):
             state, metrics = step(state, partition.put(next(run.batches), run.mesh))

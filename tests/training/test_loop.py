@@ -55,7 +55,7 @@ def test_a_run_leaves_what_it_promises(trained):
 def test_one_compilation_and_a_falling_loss(text_folder, tmp_path):
     config = make_config({**tiny_settings(text_folder), "train.steps": 60, "eval.every": 0, "sample.every": 0})
     with loop.Run.open(config, str(tmp_path)) as run_:
-        initial, step, _ = loop.compile_step(config, run_)
+        initial, step, _ = loop.compile_step(config, run_.network, run_.mesh)
         state = initial()
         donated = state.params["head"]["kernel"]
         losses = []

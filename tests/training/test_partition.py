@@ -23,7 +23,7 @@ from duo_jax.training.run import Run
 from helpers import make_config
 config = make_config(json.loads(sys.argv[1]))
 with Run.open(config, sys.argv[2]) as run:
-    initial, step, _ = loop.compile_step(config, run)
+    initial, step, _ = loop.compile_step(config, run.network, run.mesh)
     state, losses = initial(run.start_from()), []
     for _ in range(3):
         state, metrics = step(state, partition.put(next(run.batches), run.mesh))

@@ -1,0 +1,224 @@
+"""The few-step curve: `python -m duo_jax.evaluation.generate_quality --models NAME=WORKDIR ... --out DIR`.
+
+Samples texts from each network at each number of steps, and has a pretrained language model judge them. Results are kept
+in DIR/quality.json as they come, and what is there already is not sampled again:
+
+DIR/quality.json    every figure, one entry a network, number of steps, noise removal and seed
+DIR/quality.md      the table, averaged over seeds
+DIR/quality.png     perplexity and entropy against network calls
+DIR/texts.jsonl     the texts
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from duo_jax import cli, progress
+from duo_jax.errors import UserError
+
+HELDOUT = "held-out text"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One set of texts.
+
+    Attributes:
+        model: the network's name in the report.
+        checkpoint: its folder and step.
+        n_steps: steps of the sampler.
+        noise_removal: `ancestral`, `greedy` or `none`.
+        seed: of the sampler.
+        num: how many texts.
+        top_p: nucleus.
+        temperature: of the predictions.
+        judge: who judged.
+    """
+
+    model: str
+    checkpoint: str
+    n_steps: int
+    noise_removal: str
+    seed: int
+    num: int
+    top_p: float
+    temperature: float
+    judge: str
+
+
+def cases(args: argparse.Namespace, models: dict[str, Any], judge: str) -> Iterator[Case]:
+    """Yields what is to be sampled; an autoregressive network takes a call a token, whatever the number of steps."""
+    for name, (params, checkpoint) in models.items():
+        steps, tails = args.steps, args.noise_removal
+        if params.network.algo == "ar":
+            steps, tails = [params.network.length], ["ancestral"]
+        for n_steps in steps:
+            for tail in tails:
+                for seed in args.seeds:
+                    yield Case(name, checkpoint, n_steps, tail, seed, args.num, args.top_p, args.temperature, judge)
+
+
+def heldout(workdir: str, num: int) -> tuple[Any, Any]:
+    """Returns `num` held-out rows of the data that a run was trained with, `[B, L]`, and their tokenizer."""
+    from ml_collections import ConfigDict
+
+    from duo_jax.data import prepare
+    from duo_jax.training import checkpoint
+    from duo_jax.training import run as run_lib
+
+    config = ConfigDict(checkpoint.read(workdir)[1]["config"])
+    config.eval.batch_size, config.eval.batches = num, 1
+    folder = run_lib.prepared(config)
+    batch = next(iter(run_lib.heldout(config, folder)))
+    whole = batch["mask"].any(axis=1)
+    return batch["tokens"][whole], prepare.load_tokenizer(folder)
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Samples and judges what is not in DIR/quality.json yet; returns its entries."""
+    from duo_jax import api
+    from duo_jax.evaluation import generative, judges
+    from duo_jax.training import checkpoint
+
+    models = {}
+    for name, workdir in args.models.items():
+        folder, step = checkpoint.find(workdir)
+        models[name] = api.load(workdir), f"{folder} at step {step:,}"
+    judge = judges.load(args.judge)
+    path = args.out / "quality.json"
+    known = {json.dumps(row["case"]): row for row in (json.loads(path.read_text()) if path.is_file() else [])}
+    rows = []
+
+    def keep(case: dict[str, Any], quality: generative.Quality, texts: list[str], calls: int) -> None:
+        known[json.dumps(case)] = {"case": case, "network_calls": calls, **dataclasses.asdict(quality)}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        with (args.out / "texts.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"case": case, "text": text}, ensure_ascii=False) + "\n" for text in texts)
+
+    wanted = [dataclasses.asdict(case) for case in cases(args, models, judge.name)]
+    first = next(iter(args.models.values()))
+    real = {"model": HELDOUT, "checkpoint": models[next(iter(models))][1], "num": args.num, "judge": judge.name}
+    with progress.bar(total=len(wanted) + 1, desc="judging", unit=" sets") as bar:
+        for case in [real, *wanted]:
+            if json.dumps(case) not in known:
+                if case is real:
+                    tokens, tokenizer = heldout(first, args.num)
+                    calls = 0
+                else:
+                    params = models[case["model"]][0]
+                    settings = {key: case[key] for key in ("n_steps", "noise_removal", "seed", "top_p", "temperature")}
+                    result = api.sample(params, batch_size=args.num, rows_at_once=args.rows_at_once, **settings)
+                    tokens, calls = result.tokens, result.network_calls
+                    tokenizer = api.tokenizer_of(params.tokenizer)
+                keep(case, *generative.quality(tokens, tokenizer, judge), calls)
+            rows.append(known[json.dumps(case)])
+            bar.update()
+    return rows
+
+
+def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Averages over seeds: an entry for each network, noise removal and number of steps, in order."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        case = row["case"]
+        groups.setdefault((case["model"], case.get("noise_removal", ""), case.get("n_steps", 0)), []).append(row)
+
+    def spread(values: list[float]) -> tuple[float, float]:
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+    return [
+        {
+            "model": model,
+            "noise_removal": tail,
+            "n_steps": n_steps,
+            "network_calls": group[0]["network_calls"],
+            "ppl": spread([row["ppl"] for row in group]),
+            "entropy": spread([row["entropy"] for row in group]),
+            "distinct": [statistics.fmean(row["distinct"][n] for row in group) for n in range(3)],
+            "seeds": len(group),
+        }
+        for (model, tail, n_steps), group in groups.items()
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]], judge: str) -> str:
+    """Returns the averages as a Markdown table."""
+    lines = [
+        f"| network | noise removal | steps | calls | PPL ({judge}) | entropy | distinct 1 / 2 / 3 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shares = " / ".join(f"{share:.2f}" for share in row["distinct"])
+        entropy, ppl = "{:.2f} ± {:.2f}".format(*row["entropy"]), "{:.1f} ± {:.1f}".format(*row["ppl"])
+        steps = f"{row['n_steps']} | {row['network_calls']}" if row["n_steps"] else "- | -"
+        lines.append(f"| {row['model']} | {row['noise_removal'] or '-'} | {steps} | {ppl} | {entropy} | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measures, and writes the table and the picture."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = averaged(measure(args))
+    judge = "SmolLM2-135M" if args.judge == "smollm2" else args.judge
+    text = table(rows, judge)
+    (args.out / "quality.md").write_text(text, encoding="utf-8")
+    real, *sampled = rows
+    curves: dict[str, list[tuple[int, float, float, float]]] = {}
+    for row in sampled:
+        point = row["network_calls"], *row["ppl"], row["entropy"][0]
+        curves.setdefault(f"{row['model']}, {row['noise_removal']}", []).append(point)
+    from duo_jax.evaluation import plots
+
+    plots.few_steps(args.out / "quality.png", curves, (real["ppl"][0], real["entropy"][0]), judge)
+    progress.say(text)
+    progress.say(f"{args.num} texts a set; ± is the standard deviation over {len(args.seeds)} seeds. Written to {args.out}.")
+
+
+def _names(values: list[str]) -> dict[str, str]:
+    models = dict(value.split("=", 1) if "=" in value else (Path(value).name, value) for value in values)
+    if len(models) < len(values):
+        raise UserError("two --models have one name; name them apart, as in --models before=DIR --models after=DIR.")
+    return models
+
+
+def _list(kind: type) -> Any:
+    def read(text: str) -> list:
+        return [kind(part) for part in text.split(",")]
+
+    read.__name__ = f"comma-separated {kind.__name__}"
+    return read
+
+
+def main() -> None:
+    """Reads the command line."""
+    name = "python -m duo_jax.evaluation.generate_quality"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n")[0])
+    parser.add_argument("--models", action="append", required=True, metavar="NAME=WORKDIR", help="a network; repeatable")
+    parser.add_argument("--steps", type=_list(int), default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--noise_removal", type=_list(str), default=["ancestral", "greedy"])
+    parser.add_argument("--seeds", type=_list(int), default=[0, 1, 2])
+    parser.add_argument("--num", type=int, default=64, help="texts a set")
+    parser.add_argument("--rows_at_once", type=int, default=64, help="texts sampled together; bounds the memory")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--judge", default="smollm2", help="smollm2, a .gguf file, or GPT-2's folder or hub id")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    args = parser.parse_args()
+    with cli.one_line_errors():
+        args.models = _names(args.models)
+        if min(*args.steps, args.num) < 1:
+            raise UserError("--steps and --num must be at least 1.")
+        cli.keep_memory()
+        report(args)
+
+
+if __name__ == "__main__":
+    main()
