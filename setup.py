@@ -7,8 +7,17 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "hub": ["datasets>=3.0"],
+    "judge": ["gguf>=0.10", "huggingface_hub>=0.24"],
     "tpu": ["jax[tpu]"],
-    "test": ["mpmath>=1.3", "pyarrow>=17", "pytest>=8.0", "pytest-xdist>=3.6", "ruff==0.17.6", "scipy>=1.13"],
+    "test": [
+        "gguf>=0.10",
+        "mpmath>=1.3",
+        "pyarrow>=17",
+        "pytest>=8.0",
+        "pytest-xdist>=3.6",
+        "ruff==0.17.6",
+        "scipy>=1.13",
+    ],
 }
 
 setup(
