@@ -19,6 +19,8 @@ from duo_jax.models.language_model import Spec, Weights
 
 SMOLLM2 = "smollm2"
 
+_BOUNDARY = "<|endoftext|>"
+
 _ROWS = 16  # texts scored together
 _LENGTHS = 64  # texts are padded to multiples of this, so that few programs are compiled
 
@@ -66,7 +68,9 @@ class Judge:
             tokens = np.full((_ROWS, max(2, -(-longest // _LENGTHS) * _LENGTHS)), self.boundary, np.int32)
             for at, i in enumerate(picked):
                 tokens[at, : len(rows[i])] = rows[i]
-            costs = np.asarray(language_model.nll(self.weights, tokens[:, : self.spec.context], spec=self.spec), np.float64)
+            costs = np.asarray(
+                language_model.nll(self.weights, tokens[:, : self.spec.context], spec=self.spec), np.float64
+            )
             for at, i in enumerate(picked):
                 total[i] = costs[at, : count[i]].sum()
             done(len(picked))
@@ -92,7 +96,7 @@ def load(name: str) -> Judge:
         return _from_gguf(path)
     if path.is_dir():
         return _gpt2(path, path.name)
-    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise UserError(f"--judge={name} is neither a .gguf file nor a folder with config.json and model.safetensors.")
     return _gpt2(_download(name), name)
 
@@ -101,7 +105,9 @@ def _download(repository: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise UserError(f"a judge from the hub, {repository}, needs huggingface_hub: pip install huggingface_hub") from error
+        raise UserError(
+            f"a judge from the hub, {repository}, needs huggingface_hub: pip install huggingface_hub"
+        ) from error
     wanted = ["config.json", "*.safetensors", "tokenizer.json"]
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
@@ -124,9 +130,14 @@ def _gpt2(folder: Path, name: str) -> Judge:
     files = {part: folder / part for part in ("config.json", "model.safetensors", "tokenizer.json")}
     if missing := [part for part, path in files.items() if not path.is_file()]:
         raise UserError(f"the judge's folder {folder} lacks {', '.join(missing)}.")
-    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    try:
+        config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{files['config.json']} cannot be read: {error}.") from error
     if config.get("model_type") != "gpt2":
-        raise UserError(f"{folder} holds a {config.get('model_type')} model; as a judge from a folder only gpt2 is known.")
+        raise UserError(
+            f"{folder} holds a {config.get('model_type')} model; as a judge from a folder only gpt2 is known."
+        )
     try:
         tensors = load_file(files["model.safetensors"])
     except (SafetensorError, OSError, ValueError) as error:
@@ -154,8 +165,13 @@ def _gpt2(folder: Path, name: str) -> Judge:
         spec = Spec("gpt2", config["n_head"], config["n_head"], config["layer_norm_epsilon"], config["n_positions"])
     except KeyError as error:
         raise UserError(f"the judge in {folder} lacks {error}, so it is not a whole GPT-2.") from error
-    tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
-    boundary = tokenizer.token_to_id("<|endoftext|>")
+    try:
+        tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
+    except Exception as error:  # the library raises nothing more telling
+        raise UserError(f"{files['tokenizer.json']} cannot be read: {error}.") from error
+    boundary = tokenizer.token_to_id(_BOUNDARY)
+    if boundary is None:
+        raise UserError(f"{files['tokenizer.json']} lacks {_BOUNDARY}, which stands between texts.")
     return Judge(name, spec, weights, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, boundary)
 
 
@@ -172,12 +188,21 @@ def _from_gguf(path: Path) -> Judge:
         raise UserError(f"{path} cannot be read as GGUF: {error}.") from error
     if field.get("general.architecture") != "llama":
         raise UserError(f"{path} holds a {field.get('general.architecture')} model; as a judge only llama is known.")
-    tensors = {t.name: np.asarray(gguf.dequantize(t.data, t.tensor_type), np.float32) for t in reader.tensors}
+    try:
+        return _llama(path, field, reader.tensors)
+    except KeyError as error:
+        raise UserError(f"the judge in {path} lacks {error}, so it is not a whole Llama.") from error
+
+
+def _llama(path: Path, field: dict[str, Any], stored: Sequence[Any]) -> Judge:
+    import gguf
+
+    tensors = {t.name: np.asarray(gguf.dequantize(t.data, t.tensor_type), np.float32) for t in stored}
     heads = field["llama.attention.head_count"]
     kv_heads = field.get("llama.attention.head_count_kv", heads)
 
     def dense(key: str, rotary_heads: int = 0) -> Weights:
-        kernel = tensors[f"{key}.weight"]
+        kernel = tensors.pop(f"{key}.weight")
         if rotary_heads:
             # GGUF keeps a rotary pair's two rows side by side; here they are half a head apart.
             kernel = kernel.reshape(rotary_heads, -1, 2, kernel.shape[-1]).swapaxes(1, 2).reshape(kernel.shape)
@@ -186,24 +211,26 @@ def _from_gguf(path: Path) -> Judge:
     def block(i: int) -> Weights:
         at = f"blk.{i}."
         return {
-            "norm1": {"scale": tensors[at + "attn_norm.weight"]},
+            "norm1": {"scale": tensors.pop(at + "attn_norm.weight")},
             "q": dense(at + "attn_q", heads),
             "k": dense(at + "attn_k", kv_heads),
             "v": dense(at + "attn_v"),
             "out": dense(at + "attn_output"),
-            "norm2": {"scale": tensors[at + "ffn_norm.weight"]},
+            "norm2": {"scale": tensors.pop(at + "ffn_norm.weight")},
             "gate": dense(at + "ffn_gate"),
             "up": dense(at + "ffn_up"),
             "down": dense(at + "ffn_down"),
         }
 
     weights = {
-        "embed": jnp.asarray(tensors["token_embd.weight"]),
+        "embed": jnp.asarray(tensors.pop("token_embd.weight")),
         "blocks": _stacked([block(i) for i in range(field["llama.block_count"])]),
-        "norm": {"scale": jnp.asarray(tensors["output_norm.weight"])},
+        "norm": {"scale": jnp.asarray(tensors.pop("output_norm.weight"))},
     }
     if "output.weight" in tensors:
-        weights["head"] = jnp.asarray(tensors["output.weight"])
+        weights["head"] = jnp.asarray(tensors.pop("output.weight"))
+    if tensors:  # rotary factors, biases: to leave them out would be to judge by another model
+        raise UserError(f"{path} has {', '.join(sorted(tensors)[:3])}, of a kind of Llama that is not known here.")
     spec = Spec(
         "llama",
         heads,
@@ -230,6 +257,6 @@ def _gguf_tokenizer(field: dict[str, Any], path: Path) -> tuple[Callable[[str], 
     if kind[1] == "smollm":
         split.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
-    if "<|endoftext|>" not in vocab:
-        raise UserError(f"the tokenizer in {path} lacks <|endoftext|>, which stands between texts.")
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, vocab["<|endoftext|>"]
+    if _BOUNDARY not in vocab:
+        raise UserError(f"the tokenizer in {path} lacks {_BOUNDARY}, which stands between texts.")
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, vocab[_BOUNDARY]
