@@ -48,9 +48,11 @@ def measure_case(config: ConfigDict, case: programs.Case, vocab_size: int, steps
         "environment": measure.environment(),
     }  # fmt: skip
     try:
-        step, compile_s = measure.compiled(plan.lowered)
-        row |= {"compile_s": compile_s, **measure.memory_columns(step), "rss_compiled_mib": measure.mib(measure.rss())}
+        # In the order of training.
         state, batch = plan.initial(None), programs.batch(config, plan)
+        step, compile_s = measure.compiled(plan.lowered)
+        cli.release_memory()
+        row |= {"compile_s": compile_s, **measure.memory_columns(step), "rss_compiled_mib": measure.mib(measure.rss())}
         for _ in range(2):
             state, metrics = step(state, batch)
         jax.block_until_ready(metrics)

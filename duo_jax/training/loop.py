@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from duo_jax import objectives, progress
+from duo_jax import cli, objectives, progress
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network
 from duo_jax.training import optimizer as optimizer_lib
@@ -204,13 +204,14 @@ def take_steps(
     with progress.bar(total=total, initial=start, desc="training", unit=" steps", disable=not run.primary) as bar:
         for step in range(start + 1, total + 1):
             batch = partition.put(next(run.batches), run.mesh)
+            if step == start + 1:
+                step_fn = step_fn.lower(state, batch).compile()  # once; a program for another shape cannot follow
+                cli.release_memory()
+                meter.restart_clock()
             with jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, batch)
             meter.add(metrics)
             bar.update()
-            if step == start + 1:
-                jax.block_until_ready(metrics)
-                meter.restart_clock()  # the first step is mostly compilation
             stopped = interrupt.agreed(step, config.train.log_every)
             saving = stopped or step == total or due(config.checkpoint.every, step)
             if saving or step % config.train.log_every == 0:
