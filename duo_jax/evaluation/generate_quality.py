@@ -86,11 +86,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     from duo_jax.evaluation import generative, judges
     from duo_jax.training import checkpoint
 
-    models = {}
-    for name, workdir in args.models.items():
-        folder, step = checkpoint.find(workdir)
-        models[name] = api.load(workdir), f"{folder} at step {step:,}"
+    found = {name: checkpoint.find(workdir) for name, workdir in args.models.items()}
     judge = judges.load(args.judge)
+    models = {
+        name: (api.load(args.models[name]), f"{folder} at step {step:,}") for name, (folder, step) in found.items()
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "quality.json"
     known = {json.dumps(row["case"]): row for row in (json.loads(path.read_text()) if path.is_file() else [])}
     rows = []
@@ -165,9 +166,8 @@ def table(rows: Sequence[dict[str, Any]], judge: str) -> str:
 
 def report(args: argparse.Namespace) -> None:
     """Measures, and writes the table and the picture."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = averaged(measure(args))
-    judge = "SmolLM2-135M" if args.judge == "smollm2" else args.judge
+    measured = measure(args)
+    rows, judge = averaged(measured), measured[0]["case"]["judge"]
     text = table(rows, judge)
     (args.out / "quality.md").write_text(text, encoding="utf-8")
     real, *sampled = rows
@@ -179,7 +179,9 @@ def report(args: argparse.Namespace) -> None:
 
     plots.few_steps(args.out / "quality.png", curves, (real["ppl"][0], real["entropy"][0]), judge)
     progress.say(text)
-    progress.say(f"{args.num} texts a set; ± is the standard deviation over {len(args.seeds)} seeds. Written to {args.out}.")
+    progress.say(
+        f"{args.num} texts a set; ± is the standard deviation over {len(args.seeds)} seeds. Written to {args.out}."
+    )
 
 
 def _names(values: list[str]) -> dict[str, str]:
@@ -187,6 +189,17 @@ def _names(values: list[str]) -> dict[str, str]:
     if len(models) < len(values):
         raise UserError("two --models have one name; name them apart, as in --models before=DIR --models after=DIR.")
     return models
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses what no network can be sampled with, before anything is read."""
+    from duo_jax import sampling
+
+    if min(*args.steps, args.num, args.rows_at_once) < 1:
+        raise UserError("--steps, --num and --rows_at_once must be at least 1.")
+    sampling.check_temperature(args.temperature)
+    for tail in args.noise_removal:
+        sampling.Settings(1, noise_removal=tail, nucleus=sampling.uses_nucleus(args.top_p))
 
 
 def _list(kind: type) -> Any:
@@ -201,7 +214,9 @@ def main() -> None:
     """Reads the command line."""
     name = "python -m duo_jax.evaluation.generate_quality"
     parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n")[0])
-    parser.add_argument("--models", action="append", required=True, metavar="NAME=WORKDIR", help="a network; repeatable")
+    parser.add_argument(
+        "--models", action="append", required=True, metavar="NAME=WORKDIR", help="a network; repeatable"
+    )
     parser.add_argument("--steps", type=_list(int), default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--noise_removal", type=_list(str), default=["ancestral", "greedy"])
     parser.add_argument("--seeds", type=_list(int), default=[0, 1, 2])
@@ -214,8 +229,7 @@ def main() -> None:
     args = parser.parse_args()
     with cli.one_line_errors():
         args.models = _names(args.models)
-        if min(*args.steps, args.num) < 1:
-            raise UserError("--steps and --num must be at least 1.")
+        _check(args)
         cli.keep_memory()
         report(args)
 
