@@ -3,7 +3,7 @@
     bash launch/few_step.sh
     python -m duo_jax.main --config=configs/quickstart_distill.py --config.init_from=runs/quickstart --workdir=runs/distilled
 
-Hardware: two CPU cores. Score to expect: see docs/few_step.md.
+Hardware: two CPU cores. What came out: docs/few_step.md.
 """
 
 from ml_collections import ConfigDict
@@ -12,12 +12,15 @@ from configs import quickstart
 
 
 def get_config() -> ConfigDict:
-    """Returns five rounds of 500 steps, over which dt goes from 1/64 to 1/4."""
+    """Returns five rounds of 500 steps, over which dt goes from 1/256 to 1/16.
+
+    Longer steps undo the network: with rounds up to dt = 1/4 its held-out perplexity went from 16 to 58.
+    """
     config = quickstart.get_config()
     config.algo.name = "dcd"
     # Wider than in training: few steps begin in pure noise and end in clean text.
     config.algo.alpha_max, config.algo.alpha_min = 0.995, 0.005
-    config.algo.distillation.n_steps = 64
+    config.algo.distillation.n_steps = 256
     config.algo.distillation.round_length = 500
     config.train.steps = 2_500
     config.train.lr = 5e-4
