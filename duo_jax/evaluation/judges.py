@@ -21,8 +21,8 @@ SMOLLM2 = "smollm2"
 
 _BOUNDARY = "<|endoftext|>"
 
-_ROWS = 16  # texts scored together
-_LENGTHS = 64  # texts are padded to multiples of this, so that few programs are compiled
+_ROWS = 8  # texts scored together
+_LENGTHS = 32  # texts are padded to multiples of this: less would compile more programs, more would judge more padding
 
 
 @dataclasses.dataclass(frozen=True)
