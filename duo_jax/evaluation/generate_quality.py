@@ -98,11 +98,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     def keep(case: dict[str, Any], quality: generative.Quality, texts: list[str], calls: int) -> None:
         known[json.dumps(case)] = {"case": case, "network_calls": calls, **dataclasses.asdict(quality)}
+        with (args.out / "texts.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"case": case, "text": text}, ensure_ascii=False) + "\n" for text in texts)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
-        with (args.out / "texts.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"case": case, "text": text}, ensure_ascii=False) + "\n" for text in texts)
 
     wanted = [dataclasses.asdict(case) for case in cases(args, models, judge.name)]
     first = next(iter(args.models.values()))
@@ -171,10 +171,10 @@ def report(args: argparse.Namespace) -> None:
     text = table(rows, judge)
     (args.out / "quality.md").write_text(text, encoding="utf-8")
     real, *sampled = rows
-    curves: dict[str, list[tuple[int, float, float, float]]] = {}
+    curves: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}
     for row in sampled:
         point = row["network_calls"], *row["ppl"], row["entropy"][0]
-        curves.setdefault(f"{row['model']}, {row['noise_removal']}", []).append(point)
+        curves.setdefault((row["model"], row["noise_removal"]), []).append(point)
     from duo_jax.evaluation import plots
 
     plots.few_steps(args.out / "quality.png", curves, (real["ppl"][0], real["entropy"][0]), judge)

@@ -43,7 +43,9 @@ class Likelihood:
 
 
 @functools.partial(jax.jit, static_argnames=("network", "mesh"))
-def nll_sum(weights: Any, batch: objectives.Batch, key: jax.Array, *, network: Network, mesh: Mesh | None = None) -> dict:
+def nll_sum(
+    weights: Any, batch: objectives.Batch, key: jax.Array, *, network: Network, mesh: Mesh | None = None
+) -> dict:
     """Returns `{"nll": sum in nats, "tokens": count}` of a batch under the algorithm's bound."""
     return objectives.evaluation_loss(network, mesh=mesh)(weights, batch, key, 0)[1]
 

@@ -54,20 +54,26 @@ def perplexity(
 
 
 def few_steps(
-    path: Path, curves: dict[str, list[tuple[int, float, float, float]]], level: tuple[float, float], judge: str
+    path: Path,
+    curves: dict[tuple[str, str], list[tuple[int, float, float, float]]],
+    level: tuple[float, float],
+    judge: str,
 ) -> None:
     """Writes a PNG of generative perplexity and unigram entropy against network calls.
 
     Args:
         path: the file.
-        curves: by name: (network calls, perplexity, its standard deviation over seeds, entropy).
+        curves: by network and noise removal: (network calls, perplexity, its standard deviation over seeds, entropy).
         level: perplexity and entropy of held-out text.
         judge: the language model that judged.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
-    for i, (name, rows) in enumerate(curves.items()):
+    networks = list(dict.fromkeys(network for network, _ in curves))
+    lines = {"ancestral": "-", "greedy": "--", "none": ":"}
+    for (network, removal), rows in curves.items():
         calls, ppl, spread, entropy = zip(*sorted(rows), strict=True)
-        style = {"marker": "o", "markersize": 4, "color": f"C{i // 2}", "linestyle": "--" if i % 2 else "-"}
+        name, color = f"{network}, {removal}", f"C{networks.index(network)}"
+        style = {"marker": "o", "markersize": 4, "color": color, "linestyle": lines[removal]}
         left.errorbar(calls, ppl, yerr=spread, capsize=2, label=name, **style)
         right.plot(calls, entropy, label=name, **style)
     left.axhline(level[0], color="0.35", linestyle=":", label=f"held-out text ({level[0]:.0f})")
