@@ -40,6 +40,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.20",
+        "safetensors>=0.4.5",
         "tensorboardX>=2.6.2",
         "tiktoken>=0.12",
         "tokenizers>=0.21",

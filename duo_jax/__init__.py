@@ -13,9 +13,9 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "load", "sample", "score"]
+__all__ = ["UserError", "export", "load", "sample", "score"]
 
-_HOMES = {"load": "duo_jax.api", "sample": "duo_jax.api", "score": "duo_jax.api", "UserError": "duo_jax.errors"}
+_HOMES = dict.fromkeys(("export", "load", "sample", "score"), "duo_jax.api") | {"UserError": "duo_jax.errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from duo_jax import convert, sampling
 from duo_jax import progress as progress_lib
-from duo_jax import sampling
 from duo_jax.data import tokenizers
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood
@@ -58,17 +58,52 @@ class Score(NamedTuple):
     tokens: int
 
 
-def load(path_or_name: str | Path, *, ema: bool = True) -> Params:
+def load(
+    path_or_name: str | Path,
+    *,
+    ema: bool = True,
+    algo: str | None = None,
+    heads: int | None = None,
+    length: int | None = None,
+    tokenizer: str | None = None,
+) -> Params:
     """Returns a trained network.
 
     Args:
-        path_or_name: a run's workdir (its newest checkpoint) or the folder of one checkpoint, `WORKDIR/checkpoints/STEP`.
+        path_or_name: a run's workdir (its newest checkpoint); the folder of one checkpoint, `WORKDIR/checkpoints/STEP`; a
+            folder that `export` wrote; or the reference's files: a Lightning `.ckpt`, a state dict (`.pt`, `.bin`,
+            `.safetensors`), a Hugging Face folder, or a hub id such as `s-sahoo/duo`.
         ema: the averaged weights, which are the better ones, rather than the last ones.
+        algo, heads, length, tokenizer: of the reference's files, where they do not tell; tokenizer is `gpt2`,
+            `bert-base-uncased` or a tokenizer's folder.
 
     Raises:
-        UserError: there is no checkpoint, or it cannot be read.
+        UserError: there is no checkpoint, it cannot be read, or it does not tell what it must.
     """
-    return checkpoint.read(path_or_name, ema=ema)[0]
+    asked = {"algo": algo, "heads": heads, "length": length, "tokenizer": tokenizer}
+    path = Path(path_or_name).expanduser()
+    if not path.is_dir() or (convert.is_folder(path) and not (path / checkpoint.FOLDER).is_dir()):
+        return convert.read(path_or_name, ema=ema, **asked)
+    if given := [name for name, value in asked.items() if value is not None]:
+        raise UserError(f"{path} is a run of duo_jax, which tells all of its network; leave out {', '.join(given)}.")
+    return checkpoint.read(path, ema=ema)[0]
+
+
+def export(params: Params, folder: str | Path, *, step: int = 0, ema: bool = True) -> None:
+    """Writes a network to a new folder that `load` reads back bit for bit, and that can be put on the hub as it is.
+
+    It holds `model.safetensors` under the reference's names, `config.json`, the tokenizer and a model card.
+
+    Args:
+        params: what `load` returned.
+        folder: must not exist, or be empty.
+        step: the training step of the weights, for the record.
+        ema: whether they are averaged weights, for the record.
+
+    Raises:
+        UserError: the folder is not empty or cannot be written, or the tokenizer cannot be had.
+    """
+    convert.write(params, folder, tokenizer_of(params.tokenizer).save, step=step, ema=ema)
 
 
 @functools.lru_cache(maxsize=4)

@@ -21,6 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from duo_jax import convert
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network, Params
 from duo_jax.training.state import TrainState
@@ -155,8 +156,15 @@ def record(config: ConfigDict, network: Network) -> dict[str, Any]:
     return {"format": FORMAT, "config": config.to_dict(), "network": dataclasses.asdict(network)}
 
 
+def _converted(path: Path) -> bool:
+    """Whether a path is a folder of converted weights, in which no run keeps its checkpoints."""
+    return not (path / FOLDER).is_dir() and convert.is_folder(path)
+
+
 def find(path: str | Path) -> tuple[Path, int]:
     """Returns the run's folder and the step that a path means: a workdir (its newest step) or a step's own folder.
+
+    A folder of weights as `duo_jax.convert` writes it stands for itself, at the step that it tells.
 
     Raises:
         UserError: there is no checkpoint at the path.
@@ -164,6 +172,8 @@ def find(path: str | Path) -> tuple[Path, int]:
     path = Path(path).expanduser().resolve()
     if path.parent.name == FOLDER and path.name.isdigit() and path.is_dir():
         return path.parent.parent, int(path.name)
+    if _converted(path):
+        return path, convert.step(path)
     folder = path if path.name == FOLDER else path / FOLDER
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run's workdir or one of its folders {FOLDER}/STEP.")
@@ -178,13 +188,15 @@ def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]
     """Returns the network of a checkpoint on the default device, and the checkpoint's record.
 
     Args:
-        path: a workdir or the folder of one step.
+        path: a workdir, the folder of one step, or a folder of converted weights, which has no record.
         ema: the averaged weights rather than the last ones.
 
     Raises:
         UserError: no checkpoint, or one that this version cannot read.
     """
     workdir, step = find(path)
+    if _converted(workdir):
+        return convert.read(workdir, ema=ema), {}
     folder = workdir / FOLDER / str(step)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:

@@ -40,6 +40,8 @@ _OUTSIDE = {
 }
 # A buffer of the reference's, not a parameter: rotary frequencies, which follow from the head size alone.
 _INVERSE_FREQUENCY = "rotary_emb.inv_freq"
+_TIME_FEATURES = 256
+_LISTED = 24
 
 
 def _pairs(blocks: int, adaln: bool) -> dict[str, str]:
@@ -52,21 +54,66 @@ def _pairs(blocks: int, adaln: bool) -> dict[str, str]:
     return pairs
 
 
+def _shapes(blocks: int, adaln: bool, vocab: int, dim: int, cond: int) -> dict[str, tuple[int, ...]]:
+    """Returns the reference's key -> shape for a whole network."""
+    ends = {
+        "vocab_embed.embedding": (vocab, dim),
+        "sigma_map.mlp.0.weight": (cond, _TIME_FEATURES),
+        "sigma_map.mlp.0.bias": (cond,),
+        "sigma_map.mlp.2.weight": (cond, cond),
+        "sigma_map.mlp.2.bias": (cond,),
+        "output_layer.norm_final.weight": (dim,),
+        "output_layer.adaLN_modulation.weight": (2 * dim, cond),
+        "output_layer.adaLN_modulation.bias": (2 * dim,),
+        "output_layer.linear.weight": (vocab, dim),
+        "output_layer.linear.bias": (vocab,),
+        "norm1.weight": (dim,),
+        "norm2.weight": (dim,),
+        "attn_qkv.weight": (3 * dim, dim),
+        "attn_out.weight": (dim, dim),
+        "mlp.0.weight": (4 * dim, dim),
+        "mlp.0.bias": (4 * dim,),
+        "mlp.2.weight": (dim, 4 * dim),
+        "mlp.2.bias": (dim,),
+        "adaLN_modulation.weight": (6 * dim, cond),
+        "adaLN_modulation.bias": (6 * dim,),
+    }
+    keys = _pairs(blocks, adaln).values()
+    return {key: ends[key.split(".", 2)[2] if key.startswith("blocks.") else key] for key in keys}
+
+
+def _listed(names: list[str]) -> str:
+    """Returns the first few names, and how many more there are."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Returns our nested parameters for the reference's state dict (numpy arrays or CPU tensors).
 
     Raises:
-        UserError: keys that are missing or that no part of the network owns, listed.
+        UserError: keys that are missing or that no part of the network owns, or arrays of a wrong shape, listed.
     """
     state = {key: np.asarray(value) for key, value in state_dict.items() if key != _INVERSE_FREQUENCY}
-    blocks = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
-    pairs = _pairs(blocks, adaln="sigma_map.mlp.0.weight" in state)
+    blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    adaln = "sigma_map.mlp.0.weight" in state
+    pairs = _pairs(blocks, adaln)
     missing, extra = sorted(set(pairs.values()) - state.keys()), sorted(state.keys() - set(pairs.values()))
     if not blocks or missing or extra:
         raise UserError(
-            f"this is no Duo, MDLM, SEDD or AR state dict: missing {', '.join(missing) or 'no'} keys, "
-            f"unknown {', '.join(extra) or 'no'} keys."
+            f"this is no Duo, MDLM, SEDD or AR state dict: missing {_listed(missing) or 'no'} keys, "
+            f"unknown {_listed(extra) or 'no'} keys."
         )
+    vocab, dim = (*state["vocab_embed.embedding"].shape, 0, 0)[:2]
+    cond = (*state["sigma_map.mlp.0.weight"].shape, 0)[0] if adaln else 0
+    wanted = _shapes(blocks, adaln, vocab, dim, cond)
+    wrong = [
+        f"{key} {list(state[key].shape)} instead of {list(shape)}"
+        for key, shape in wanted.items()
+        if state[key].shape != shape
+    ]
+    if wrong:
+        raise UserError(f"arrays of this state dict have wrong shapes: {_listed(wrong)}.")
     params: dict[str, Any] = {}
     for ours, theirs in pairs.items():
         *path, leaf = ours.split("/")

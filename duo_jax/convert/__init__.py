@@ -1,0 +1,9 @@
+"""Weights in and out: the reference's files and ours.
+
+`python -m duo_jax.convert --from X --to DIR` is the command; docs/checkpoints.md tells of the released models.
+"""
+
+from duo_jax.convert.arrays import from_torch, to_torch
+from duo_jax.convert.files import is_folder, read, step, write
+
+__all__ = ["from_torch", "is_folder", "read", "step", "to_torch", "write"]

@@ -1,0 +1,57 @@
+"""Checkpoints in and out: `python -m duo_jax.convert --from X --to DIR`.
+
+X is a run's workdir, a Lightning `.ckpt`, a state dict (`.pt`, `.bin`, `.safetensors`), a folder from the hub or a hub id.
+DIR is made, with model.safetensors, config.json, tokenizer and model card; `duo_jax.load(DIR)` and `--workdir=DIR` take it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from duo_jax import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command's arguments."""
+    lines = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(prog="python -m duo_jax.convert", description=__doc__, formatter_class=lines)
+    made.add_argument("--from", dest="source", required=True, metavar="X", help="file, folder, workdir or hub id")
+    made.add_argument("--to", required=True, metavar="DIR", help="a new folder")
+    made.add_argument("--algo", help="duo, duo_base, dcd, mdlm, sedd, d3pm or ar, where the file does not tell")
+    made.add_argument("--heads", type=int, help="attention heads, where the file does not tell")
+    made.add_argument("--length", type=int, help="tokens the network was trained on, where the file does not tell")
+    made.add_argument("--tokenizer", help="gpt2, bert-base-uncased or a tokenizer's folder, where it is no known one")
+    made.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, or the last ones"
+    )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Converts, and says what the network is.
+
+    Raises:
+        UserError: see `api.load` and `api.export`.
+    """
+    args = parser().parse_args(argv)
+
+    from duo_jax import api, progress  # the libraries behind them take seconds, which --help need not wait for
+    from duo_jax.training import checkpoint
+
+    asked = {name: getattr(args, name) for name in ("algo", "heads", "length", "tokenizer")}
+    params = api.load(args.source, ema=args.ema, **asked)
+    folder = Path(args.source).expanduser()
+    step = checkpoint.find(folder)[1] if folder.is_dir() else 0
+    api.export(params, args.to, step=step, ema=args.ema)
+    net = params.network
+    progress.say(
+        f"{args.to}: {net.algo}, {net.blocks} blocks of width {net.dim} with {net.heads} heads, {net.length} tokens, "
+        f"{net.vocab_size} ids."
+    )
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors():
+        main()

@@ -1,0 +1,236 @@
+"""Files of weights: the reference's and the hub's are read, our own folders are read and written.
+
+A folder holds `model.safetensors` (or `pytorch_model.bin`) under the reference's names, and `config.json`. In ours that file
+also says, under `duo_jax`, all that the network is; the tokenizer lies in `tokenizer/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from duo_jax.convert import arrays, card, infer, pickled
+from duo_jax.errors import UserError
+from duo_jax.models.network import Network, Params
+
+FORMAT = 1
+_CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+_FOLDER_FILES = (_WEIGHTS, "pytorch_model.bin")
+_PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+_PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|model\.|backbone\.)+")
+# Parts of the reference's training state that are no part of the network.
+_IGNORED = ("teacher.", "noise.", "metrics.")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ROTARY = "rotary_emb.inv_freq"
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a path is a folder of weights and their config, ours or from the hub."""
+    path = Path(path).expanduser()
+    return (path / _CONFIG).is_file() and any((path / name).is_file() for name in _FOLDER_FILES)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Returns a folder's `config.json`, empty if there is none."""
+    path = folder / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no settings; get the file again.")
+    return config
+
+
+def step(folder: str | Path) -> int:
+    """Returns the training step that a folder's weights are of, 0 if it does not say."""
+    ours = _config(Path(folder).expanduser()).get("duo_jax")
+    return int(ours.get("step", 0)) if isinstance(ours, dict) else 0
+
+
+def _safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.flax import load_file  # the NumPy loader does not know bfloat16
+
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return {key: np.asarray(value) for key, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no safetensors file, or a damaged one: {error}.") from error
+
+
+def _unprefixed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the network's entries under their bare names, in their order."""
+    state = {key: value for key, value in state.items() if not str(key).startswith(_IGNORED)}
+    return {_PREFIX.sub("", str(key)): value for key, value in state.items()}
+
+
+def _averaged(path: Path, state: dict[str, Any], ema: Any) -> dict[str, Any]:
+    """Returns the state with its parameters replaced by their averages.
+
+    They lie in the file as a list without names, in the order of the parameters, which the state dict keeps.
+    """
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadow, (list, tuple)):
+        raise UserError(f"{path} holds no averaged weights; give --no-ema (in Python: ema=False) for the last ones.")
+    names = [name for name in state if name != _ROTARY]
+    alike = len(names) == len(shadow) and all(
+        getattr(state[name], "shape", None) == getattr(value, "shape", ())
+        for name, value in zip(names, shadow, strict=True)
+    )
+    if not alike:
+        raise UserError(
+            f"{path}: its {len(shadow)} averaged arrays are not those of its {len(names)} parameters; give --no-ema (in "
+            "Python: ema=False) for the last weights."
+        )
+    return state | dict(zip(names, shadow, strict=True))
+
+
+def _pickled(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the arrays of a file of `torch.save`, and the config in it, if there is one."""
+    archive = pickled.Archive(path)
+    root = archive.root
+    whole = root if isinstance(root, dict) else {}
+    lightning = isinstance(whole.get("state_dict"), dict)
+    state = _unprefixed(whole["state_dict"] if lightning else whole)
+    if lightning and ema:
+        state = _averaged(path, state, whole.get("ema"))
+    strange = [key for key, value in state.items() if not isinstance(value, pickled.Tensor)]
+    if strange or not state:
+        listed = f"{', '.join(map(str, strange[:8]))} are no tensors" if strange else "it is empty"
+        raise UserError(f"{path} holds no state dict: {listed}.")
+    config = pickled.plain(whole.get("hyper_parameters"))
+    config = config.get("config", config) if isinstance(config, dict) else {}
+    return {key: archive.array(value) for key, value in state.items()}, config if isinstance(config, dict) else {}
+
+
+def _fetched(name: str) -> Path:
+    """Returns the local folder of a model of the Hugging Face hub."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UserError(f"to fetch {name}, run `pip install huggingface_hub`.") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=[_CONFIG, *_FOLDER_FILES, f"{_TOKENIZER}/*"]))
+    except (OSError, ValueError) as error:  # the library's own errors are among these
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} is no file or folder here, and the hub does not give it: {reason}") from error
+
+
+def _open(path_or_name: str | Path) -> tuple[Path, Path]:
+    """Returns the file of weights that a path or a hub id means, and the folder of its config."""
+    path = Path(path_or_name).expanduser()
+    if not path.exists():
+        if not _HUB_ID.fullmatch(str(path_or_name)):
+            raise UserError(f"{path} does not exist; give a run's workdir, a file or folder of weights, or a hub id.")
+        path = _fetched(str(path_or_name))
+    if path.is_file():
+        return path, path.parent
+    for name in _FOLDER_FILES:
+        if (path / name).is_file():
+            return path / name, path
+    raise UserError(f"{path} holds none of {', '.join(_FOLDER_FILES)}; give a file or a folder of weights.")
+
+
+def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
+    """Returns the network of a file, a folder or a hub id, on the default device.
+
+    Args:
+        path_or_name: a file `.ckpt`, `.pt`, `.pth`, `.bin` or `.safetensors`, a folder that holds one, or `owner/name`.
+        ema: the averaged weights of a Lightning checkpoint rather than the last ones; other files hold one set only.
+        asked: `algo`, `heads`, `length`, `tokenizer`, where the file does not tell them.
+
+    Raises:
+        UserError: nothing is there, it is of no known layout, or it does not tell what it must.
+    """
+    path, folder = _open(path_or_name)
+    config = _config(folder) if path.name in _FOLDER_FILES else {}  # beside another file it may be another model's
+    if path.suffix == ".safetensors":
+        state = _unprefixed(_safetensors(path))
+    elif path.suffix in _PICKLED:
+        state, inside = _pickled(path, ema)
+        config = inside or config
+    else:
+        raise UserError(f"{path} is of no known kind; give a file {', '.join(_PICKLED)} or .safetensors.")
+    state = {key: value.astype(np.float32, copy=False) for key, value in state.items()}
+    params = arrays.from_torch(state)
+    ours = config.get("duo_jax")
+    if ours is None:
+        network, tokenizer = infer.network(state, infer.facts(config, Path(path_or_name).name), asked)
+    else:
+        network, tokenizer = _recorded(folder, ours, ema, asked)
+    return Params(weights=jax.device_put(params, jax.local_devices()[0]), network=network, tokenizer=tokenizer)
+
+
+def _recorded(folder: Path, ours: Any, ema: bool, asked: Mapping[str, Any]) -> tuple[Network, str]:
+    """Returns what a folder of ours says of its network, and its tokenizer."""
+    given = [name for name, value in asked.items() if value is not None]
+    if given:
+        raise UserError(f"{folder} tells all of its network; leave out {', '.join(given)}.")
+    try:
+        if ours["format"] != FORMAT:
+            raise UserError(f"{folder} has format {ours['format']}; this version of duo_jax reads format {FORMAT}.")
+        if ours["ema"] and not ema:
+            raise UserError(f"{folder} holds the averaged weights only; leave out --no-ema (in Python: ema=False).")
+        return Network(**ours["network"]), str(folder / _TOKENIZER)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / _CONFIG} is damaged: {error}; export the network again.") from error
+
+
+def write(
+    params: Params, folder: str | Path, save_tokenizer: Callable[[Path], None], *, step: int = 0, ema: bool = True
+) -> None:
+    """Writes a network to a new folder, from which `read` gives the same bits back; all of it, or nothing.
+
+    Args:
+        params: the network.
+        folder: made here; it must not exist, or be empty.
+        save_tokenizer: writes the tokenizer's files to the folder that it is given.
+        step: the training step of the weights, if known.
+        ema: whether the weights are averaged ones.
+
+    Raises:
+        UserError: the folder is not empty, or cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder).expanduser().absolute()
+    net = params.network
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; give a new folder.")
+    state = arrays.to_torch(jax.device_get(params.weights), heads=net.heads)
+    config = {
+        "model_type": net.algo,
+        "vocab_size": net.vocab_size,
+        "model_length": net.length,
+        "hidden_dim": net.dim,
+        "cond_dim": net.cond_dim,
+        "n_blocks": net.blocks,
+        "n_heads": net.heads,
+        "dropout": net.dropout,
+        "causal": net.algo == "ar",
+        "duo_jax": {"format": FORMAT, "step": step, "ema": ema, "network": dataclasses.asdict(net)},
+    }
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        save_file({f"backbone.{key}": value for key, value in state.items()}, aside / _WEIGHTS, {"format": "pt"})
+        (aside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(card.text(net, folder.name, step), encoding="utf-8")
+        save_tokenizer(aside / _TOKENIZER)
+        if folder.exists():
+            folder.rmdir()
+        aside.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

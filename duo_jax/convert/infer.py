@@ -1,0 +1,142 @@
+"""What a file tells of its network: sizes from the shapes, the rest from its config, or asked for by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from duo_jax.config import ALGORITHMS
+from duo_jax.errors import UserError
+from duo_jax.models.network import SIZES, Network
+
+# Number of ids, the special ones included -> the tokenizer of the released models, and its mask id.
+_TOKENIZERS = {50258: ("gpt2", 50257), 30522: ("bert-base-uncased", 103)}
+# The reference's and the hub's names for algorithms -> ours.
+_ALGORITHMS = {name: name for name in ALGORITHMS} | {
+    "distillation": "dcd",
+    "duo-distilled": "dcd",
+    "d3pm-absorb": "d3pm",
+}
+_SCHEDULES = {"log-linear": "log_linear", "loglinear": "log_linear", "cosine": "cosine"}
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def facts(config: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """Returns what a `config.json` or the reference's config says; what it does not say is absent.
+
+    Args:
+        config: MDLM's and Duo's flat layout (`n_heads`, `model_length`), or the nested one of the reference and SEDD.
+        name: the hub id or the file's name, which tells a distilled Duo from a plain one.
+
+    Raises:
+        UserError: it describes a network or process that there is none of here.
+    """
+    inside = {key: value if isinstance(value, Mapping) else {} for key, value in config.items()}
+    model, algo, graph, noise = (inside.get(key, {}) for key in ("model", "algo", "graph", "noise"))
+    if graph.get("type") == "uniform":
+        raise UserError("this is a SEDD with a uniform graph; only absorbing ones can be used here.")
+    kind = _first(algo.get("name"), config.get("model_type"), "sedd" if graph.get("type") == "absorb" else None)
+    if kind == "duo" and "distil" in name:
+        kind = "duo-distilled"
+    found = {
+        "algo": _ALGORITHMS.get(str(kind).replace("_absorb", "-absorb")),
+        "heads": _first(config.get("n_heads"), model.get("n_heads")),
+        "length": _first(config.get("model_length"), model.get("length")),
+        "dropout": _first(config.get("dropout"), model.get("dropout")),
+        "schedule": _SCHEDULES.get(str(noise.get("type"))),
+        "eps": noise.get("eps"),
+    }
+    numbers = {"heads": int, "length": int, "dropout": (int, float), "eps": (int, float)}
+    return {
+        key: value
+        for key, value in found.items()
+        if value is not None and (key not in numbers or isinstance(value, numbers[key]))
+    }
+
+
+def _tokenizer(vocab_size: int, asked: str | None) -> tuple[str, int]:
+    """Returns the tokenizer's name or folder, and its mask id."""
+    if asked is None:
+        if vocab_size not in _TOKENIZERS:
+            raise UserError(
+                f"the network has {vocab_size} ids, which is no known tokenizer's; name its folder with --tokenizer (in "
+                "Python: tokenizer=)."
+            )
+        return _TOKENIZERS[vocab_size]
+    sizes = {name: (size, mask_id) for size, (name, mask_id) in _TOKENIZERS.items()}
+    if asked in sizes:
+        size, mask_id = sizes[asked]
+    else:
+        try:
+            about = json.loads((Path(asked) / "tokenizer_config.json").read_text(encoding="utf-8"))
+            size, mask_id = int(about["vocab_size"]), int(about["mask_id"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"there is no tokenizer {asked!r}; give {', '.join(sizes)}, or the folder `tokenizer` of a workdir."
+            ) from error
+    if size != vocab_size:
+        raise UserError(f"the tokenizer {asked} has {size} ids, but the network {vocab_size}.")
+    return asked, mask_id
+
+
+def _heads(state: Mapping[str, Any], dim: int, blocks: int, told: int | None, asked: int | None) -> int:
+    """Returns the number of heads: as the rotary buffer shows, as asked, as told, or as a usual size has it."""
+    buffer = state.get("rotary_emb.inv_freq")
+    usual = next((size[2] for size in SIZES.values() if size[:2] == (dim, blocks)), None)
+    heads = _first(dim // (2 * buffer.size) if buffer is not None and buffer.size else None, asked, told, usual)
+    if heads is None:
+        raise UserError(f"{blocks} blocks of width {dim} are no usual size; give the number of --heads.")
+    if asked is not None and asked != heads:
+        raise UserError(f"--heads is {asked}, but the file's rotary frequencies are those of {heads} heads.")
+    if heads < 1 or dim % (2 * heads):
+        raise UserError(f"a width of {dim} cannot be split into {heads} heads of an even size; give the right --heads.")
+    return heads
+
+
+def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[Network, str]:
+    """Returns the network that a state dict in the reference's layout is of, and its tokenizer.
+
+    Args:
+        state: the reference's keys without prefix -> arrays, known to be whole (see `arrays.from_torch`).
+        told: what `facts` found.
+        asked: what the caller says: `algo`, `heads`, `length`, `tokenizer`, each of which may be None.
+
+    Raises:
+        UserError: something that can neither be inferred nor was said, or what was said cannot be.
+    """
+    vocab_size, dim = state["vocab_embed.embedding"].shape
+    blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    causal = "sigma_map.mlp.0.weight" not in state
+    algo = _first(asked.get("algo"), told.get("algo"), "ar" if causal else None)
+    if algo is None:
+        raise UserError(
+            f"the file does not tell its algorithm; give --algo (in Python: algo=), one of "
+            f"{', '.join(name for name in ALGORITHMS if name != 'ar')}."
+        )
+    if algo not in ALGORITHMS:
+        raise UserError(f"--algo is {algo!r}; choose one of {', '.join(ALGORITHMS)}.")
+    if (algo == "ar") != causal:
+        has = "no noise level among its inputs, so it is autoregressive" if causal else "a noise level among its inputs"
+        raise UserError(f"the algorithm is said to be {algo}, but the network has {has}; give the right --algo.")
+    length = _first(asked.get("length"), told.get("length"))
+    if length is None or length < 1:
+        raise UserError("the file does not tell the network's length in tokens; give --length (in Python: length=).")
+    tokenizer, mask_id = _tokenizer(vocab_size, asked.get("tokenizer"))
+    more = {key: told[key] for key in ("schedule", "eps") if key in told}
+    return Network(
+        algo=algo,
+        vocab_size=vocab_size,
+        mask_id=mask_id,
+        length=length,
+        dim=dim,
+        blocks=blocks,
+        heads=_heads(state, dim, blocks, told.get("heads"), asked.get("heads")),
+        cond_dim=SIZES["small"][3] if causal else state["sigma_map.mlp.0.weight"].shape[0],
+        dropout=told.get("dropout", 0.1),
+        **more,
+    ), tokenizer

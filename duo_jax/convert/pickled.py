@@ -1,0 +1,171 @@
+"""Reads what `torch.save` wrote, without PyTorch and without running anything that the file names.
+
+Such a file is a zip: a pickle that describes the objects, and one raw file for each tensor's numbers. Here the pickle is
+read with every class replaced: tensors become plain descriptions of themselves, and an object of any other class (a
+tokenizer, an OmegaConf config, an optimizer) becomes `Inert`, which keeps its state and does nothing. So this admits less
+than `weights_only` does, and yet reads checkpoints that hold such objects beside their weights.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from duo_jax.errors import UserError
+
+_DTYPES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+
+
+class Tensor(NamedTuple):
+    """Where a tensor's numbers lie: `Archive.array` fetches them."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Inert:
+    """Stands for an object of a class that is not loaded.
+
+    Attributes:
+        state: what the pickle would have set it to.
+        items: what the pickle would have put under its keys.
+    """
+
+    state: Any = None
+
+    def __new__(cls, *_: Any, **__: Any) -> Inert:
+        """Takes whatever the class that it stands for would take."""
+        self = object.__new__(cls)
+        self.items = {}
+        return self
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def __call__(self, *_: Any, **__: Any) -> Inert:
+        """Stands for the result of a function that is not called."""
+        return Inert()
+
+    def extend(self, _: Any) -> None:
+        """Takes what a list would; nothing here needs it."""
+
+    append = add = extend
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+    return Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+_KNOWN = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _DTYPES:
+            return name
+        return _KNOWN.get((module, name), Inert)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise pickle.UnpicklingError("a tensor of an unknown type")
+        return _Storage(str(key), _DTYPES[dtype])
+
+
+class Archive:
+    """An open file of `torch.save`; `root` is the object that it holds."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads everything but the tensors' numbers.
+
+        Raises:
+            UserError: the file is no such zip, or is damaged.
+        """
+        self._path = path
+        try:
+            self._zip = zipfile.ZipFile(path)
+            (index,) = (name for name in self._zip.namelist() if name.endswith("/data.pkl"))
+            self._folder = index.removesuffix("data.pkl")
+            order = self._folder + "byteorder"
+            if order in self._zip.namelist() and self._zip.read(order) != b"little":
+                raise UserError(f"{path} was written on a big-endian machine; save it again on a common one.")
+            with self._zip.open(index) as file:
+                self.root = _Unpickler(file).load()
+        except UserError:
+            raise
+        except Exception as error:  # a damaged pickle may raise anything
+            if path.is_file() and not zipfile.is_zipfile(path):
+                hint = "load and save it again with PyTorch 1.6 or newer"
+                raise UserError(
+                    f"{path} is no file that torch.save wrote, or an old or damaged one; {hint}."
+                ) from error
+            raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+
+    def array(self, tensor: Tensor) -> np.ndarray:
+        """Returns a tensor's numbers.
+
+        Raises:
+            UserError: they are missing or cut short.
+        """
+        storage, offset, shape, strides = tensor
+        dtype = storage.dtype
+        try:
+            flat = np.frombuffer(self._zip.read(f"{self._folder}data/{storage.key}"), dtype)
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self._path} is damaged: {error}.") from error
+        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if min((offset, *shape, *strides), default=0) < 0 or (math.prod(shape) and last >= flat.size):
+            raise UserError(f"{self._path} is damaged: a tensor of shape {shape} reaches beyond its numbers.")
+        steps = [stride * dtype.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps, writeable=False)
+
+
+def plain(value: Any) -> Any:
+    """Returns the config that pickled OmegaConf objects describe, as dicts, lists and scalars; None for other objects."""
+    if isinstance(value, Inert):
+        state = value.state if isinstance(value.state, dict) else {}
+        return plain(state["_content"]) if "_content" in state else plain(state.get("_val"))
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) else None

@@ -1,0 +1,103 @@
+"""Writes files as `torch.save` does, without PyTorch, so that every test of reading them runs everywhere.
+
+`save` pickles NumPy arrays as tensors under PyTorch's own names, and with `modules` objects of made-up classes under the
+names of OmegaConf's and transformers', as the reference's Lightning checkpoints hold them.
+"""
+
+import io
+import pickle
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from contextlib import contextmanager
+
+import numpy as np
+
+STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
+
+
+def _class(module, name, function=False):
+    made = (lambda *a: None) if function else type(name, (), {})
+    made.__module__, made.__qualname__, made.__name__ = module, name, name
+    return made
+
+
+@contextmanager
+def modules(*names):
+    """Makes `module:name` importable, as pickling asks for, and takes it away again."""
+    before = {}
+    made = {}
+    for full in names:
+        module, name = full.split(":")
+        parts = module.split(".")
+        for i in range(len(parts)):
+            path = ".".join(parts[: i + 1])
+            if path not in before:
+                before[path] = sys.modules.get(path)
+                sys.modules[path] = types.ModuleType(path)
+        made[name] = _class(module, name, function=name.startswith("_rebuild"))
+        setattr(sys.modules[module], name, made[name])
+    try:
+        yield made
+    finally:
+        for path, module in before.items():
+            if module is None:
+                del sys.modules[path]
+            else:
+                sys.modules[path] = module
+
+
+class _Storage:
+    def __init__(self, array, key):
+        self.array, self.key = array, key
+
+
+class _Tensor:
+    """What pickles as a tensor; a view keeps its strides."""
+
+    def __init__(self, storage, shape, strides, rebuild):
+        self.storage, self.shape, self.strides, self.rebuild = storage, shape, strides, rebuild
+
+    def __reduce__(self):
+        return self.rebuild, (self.storage, 0, self.shape, self.strides, False, OrderedDict())
+
+
+def save(root, path, transposed=()):
+    """Writes `root`, a nest of dicts and lists with NumPy arrays, as `torch.save` would.
+
+    Args:
+        root: the object.
+        path: of the file.
+        transposed: keys whose two-dimensional tensors are views of their transposes.
+    """
+    names = [f"torch:{name}" for name in STORAGES.values()] + ["torch._utils:_rebuild_tensor_v2"]
+    with modules(*names) as made:
+        storages = []
+
+        def convert(value, key=None):
+            if isinstance(value, np.ndarray):
+                array = np.ascontiguousarray(value.T if key in transposed else value)
+                strides = tuple(stride // value.itemsize for stride in array.strides)
+                storages.append(_Storage(array, str(len(storages))))
+                strides = strides[::-1] if key in transposed else strides
+                return _Tensor(storages[-1], value.shape, strides, made["_rebuild_tensor_v2"])
+            if isinstance(value, dict):
+                return type(value)((k, convert(v, k)) for k, v in value.items())
+            return [convert(v) for v in value] if isinstance(value, list) else value
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, value):
+                if isinstance(value, _Storage):
+                    kind = made[STORAGES[value.array.dtype.name]]
+                    return ("storage", kind, value.key, "cpu", value.array.size)
+                return None
+
+        buffer = io.BytesIO()
+        Pickler(buffer, protocol=2).dump(convert(root))
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", buffer.getvalue())
+        file.writestr("archive/byteorder", "little")
+        for storage in storages:
+            file.writestr(f"archive/data/{storage.key}", storage.array.tobytes())
+        file.writestr("archive/version", "3\n")
