@@ -8,6 +8,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "hub": ["datasets>=3.0"],
     "judge": ["gguf>=0.10", "huggingface_hub>=0.24"],
+    "torch": ["torch>=2.4"],
     "tpu": ["jax[tpu]"],
     "test": [
         "gguf>=0.10",

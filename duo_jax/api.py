@@ -89,21 +89,24 @@ def load(
     return checkpoint.read(path, ema=ema)[0]
 
 
-def export(params: Params, folder: str | Path, *, step: int = 0, ema: bool = True) -> None:
+def export(params: Params, to: str | Path, *, step: int = 0, ema: bool = True) -> None:
     """Writes a network to a new folder that `load` reads back bit for bit, and that can be put on the hub as it is.
 
     It holds `model.safetensors` under the reference's names, `config.json`, the tokenizer and a model card.
 
     Args:
         params: what `load` returned.
-        folder: must not exist, or be empty.
+        to: a folder, which must not exist or be empty; or a file `.ckpt`, for the PyTorch reference, which needs PyTorch.
         step: the training step of the weights, for the record.
         ema: whether they are averaged weights, for the record.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, or the tokenizer cannot be had.
+        UserError: the place is taken or cannot be written, or the tokenizer or PyTorch cannot be had.
     """
-    convert.write(params, folder, tokenizer_of(params.tokenizer).save, step=step, ema=ema)
+    if Path(to).suffix == ".ckpt":
+        convert.write_lightning(params, to, step=step)
+    else:
+        convert.write(params, to, tokenizer_of(params.tokenizer).save, step=step, ema=ema)
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,6 +2,7 @@
 
 X is a run's workdir, a Lightning `.ckpt`, a state dict (`.pt`, `.bin`, `.safetensors`), a folder from the hub or a hub id.
 DIR is made, with model.safetensors, config.json, tokenizer and model card; `duo_jax.load(DIR)` and `--workdir=DIR` take it.
+`--to FILE.ckpt` writes a Lightning checkpoint for the PyTorch reference instead, which needs PyTorch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     lines = argparse.RawDescriptionHelpFormatter
     made = argparse.ArgumentParser(prog="python -m duo_jax.convert", description=__doc__, formatter_class=lines)
     made.add_argument("--from", dest="source", required=True, metavar="X", help="file, folder, workdir or hub id")
-    made.add_argument("--to", required=True, metavar="DIR", help="a new folder")
+    made.add_argument("--to", required=True, metavar="DIR", help="a new folder, or a new file .ckpt")
     made.add_argument("--algo", help="duo, duo_base, dcd, mdlm, sedd, d3pm or ar, where the file does not tell")
     made.add_argument("--heads", type=int, help="attention heads, where the file does not tell")
     made.add_argument("--length", type=int, help="tokens the network was trained on, where the file does not tell")

@@ -13,12 +13,20 @@ import numpy as np
 
 from duo_jax.errors import UserError
 
-# Ours -> the reference's, for one block; "kernel" leaves are transposed on the way.
+# Ours -> the reference's, in the order of its parameters, which its averaged weights are listed in. "kernel" leaves are
+# transposed on the way.
+_BEFORE = {
+    "embed/embedding": "vocab_embed.embedding",
+    "time_in/kernel": "sigma_map.mlp.0.weight",
+    "time_in/bias": "sigma_map.mlp.0.bias",
+    "time_out/kernel": "sigma_map.mlp.2.weight",
+    "time_out/bias": "sigma_map.mlp.2.bias",
+}
 _BLOCK = {
     "norm1/norm/scale": "norm1.weight",
-    "norm2/norm/scale": "norm2.weight",
     "qkv/kernel": "attn_qkv.weight",
     "attn_out/kernel": "attn_out.weight",
+    "norm2/norm/scale": "norm2.weight",
     "mlp_in/kernel": "mlp.0.weight",
     "mlp_in/bias": "mlp.0.bias",
     "mlp_out/kernel": "mlp.2.weight",
@@ -26,29 +34,25 @@ _BLOCK = {
     "modulation/linear/kernel": "adaLN_modulation.weight",
     "modulation/linear/bias": "adaLN_modulation.bias",
 }
-_OUTSIDE = {
-    "embed/embedding": "vocab_embed.embedding",
-    "time_in/kernel": "sigma_map.mlp.0.weight",
-    "time_in/bias": "sigma_map.mlp.0.bias",
-    "time_out/kernel": "sigma_map.mlp.2.weight",
-    "time_out/bias": "sigma_map.mlp.2.bias",
+_AFTER = {
     "norm_final/norm/scale": "output_layer.norm_final.weight",
-    "modulation_final/linear/kernel": "output_layer.adaLN_modulation.weight",
-    "modulation_final/linear/bias": "output_layer.adaLN_modulation.bias",
     "head/kernel": "output_layer.linear.weight",
     "head/bias": "output_layer.linear.bias",
+    "modulation_final/linear/kernel": "output_layer.adaLN_modulation.weight",
+    "modulation_final/linear/bias": "output_layer.adaLN_modulation.bias",
 }
 # A buffer of the reference's, not a parameter: rotary frequencies, which follow from the head size alone.
-_INVERSE_FREQUENCY = "rotary_emb.inv_freq"
+INVERSE_FREQUENCY = "rotary_emb.inv_freq"
 _TIME_FEATURES = 256
 _LISTED = 24
 
 
 def _pairs(blocks: int, adaln: bool) -> dict[str, str]:
-    """Returns our path -> the reference's key for a whole network."""
-    pairs = dict(_OUTSIDE)
+    """Returns our path -> the reference's key for a whole network, in the order of the reference's parameters."""
+    pairs = dict(_BEFORE)
     for i in range(blocks):
         pairs |= {f"block_{i}/{ours}": f"blocks.{i}.{theirs}" for ours, theirs in _BLOCK.items()}
+    pairs |= _AFTER
     if not adaln:
         pairs = {ours: theirs for ours, theirs in pairs.items() if "modulation" not in ours and "time_" not in ours}
     return pairs
@@ -94,7 +98,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: keys that are missing or that no part of the network owns, or arrays of a wrong shape, listed.
     """
-    state = {key: np.asarray(value) for key, value in state_dict.items() if key != _INVERSE_FREQUENCY}
+    state = {key: np.asarray(value) for key, value in state_dict.items() if key != INVERSE_FREQUENCY}
     blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     adaln = "sigma_map.mlp.0.weight" in state
     pairs = _pairs(blocks, adaln)
@@ -127,6 +131,8 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def to_torch(params: Mapping[str, Any], *, heads: int) -> dict[str, np.ndarray]:
     """Returns the reference's state dict, as contiguous numpy arrays, for our nested parameters.
 
+    The parameters are in the reference's order; its rotary buffer comes last.
+
     Args:
         params: as `from_torch` returns.
         heads: attention heads, on which the reference's rotary buffer depends.
@@ -140,5 +146,5 @@ def to_torch(params: Mapping[str, Any], *, heads: int) -> dict[str, np.ndarray]:
         value = np.asarray(value)
         state[theirs] = np.ascontiguousarray(value.T if ours.endswith("/kernel") else value)
     head_dim = state["vocab_embed.embedding"].shape[1] // heads
-    state[_INVERSE_FREQUENCY] = (10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    state[INVERSE_FREQUENCY] = (10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     return state

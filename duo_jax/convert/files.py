@@ -30,7 +30,6 @@ _PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|model\.|backbone\.)+")
 # Parts of the reference's training state that are no part of the network.
 _IGNORED = ("teacher.", "noise.", "metrics.")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_ROTARY = "rotary_emb.inv_freq"
 
 
 def is_folder(path: str | Path) -> bool:
@@ -82,7 +81,7 @@ def _averaged(path: Path, state: dict[str, Any], ema: Any) -> dict[str, Any]:
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not isinstance(shadow, (list, tuple)):
         raise UserError(f"{path} holds no averaged weights; give --no-ema (in Python: ema=False) for the last ones.")
-    names = [name for name in state if name != _ROTARY]
+    names = [name for name in state if name != arrays.INVERSE_FREQUENCY]
     alike = len(names) == len(shadow) and all(
         getattr(state[name], "shape", None) == getattr(value, "shape", ())
         for name, value in zip(names, shadow, strict=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from duo_jax.config import ALGORITHMS
+from duo_jax.convert.arrays import INVERSE_FREQUENCY
 from duo_jax.errors import UserError
 from duo_jax.models.network import SIZES, Network
 
@@ -41,10 +42,11 @@ def facts(config: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     if graph.get("type") == "uniform":
         raise UserError("this is a SEDD with a uniform graph; only absorbing ones can be used here.")
     kind = _first(algo.get("name"), config.get("model_type"), "sedd" if graph.get("type") == "absorb" else None)
+    kind = str(kind).lower()  # the released Duo says DUO
     if kind == "duo" and "distil" in name:
         kind = "duo-distilled"
     found = {
-        "algo": _ALGORITHMS.get(str(kind).replace("_absorb", "-absorb")),
+        "algo": _ALGORITHMS.get(kind),
         "heads": _first(config.get("n_heads"), model.get("n_heads")),
         "length": _first(config.get("model_length"), model.get("length")),
         "dropout": _first(config.get("dropout"), model.get("dropout")),
@@ -86,7 +88,7 @@ def _tokenizer(vocab_size: int, asked: str | None) -> tuple[str, int]:
 
 def _heads(state: Mapping[str, Any], dim: int, blocks: int, told: int | None, asked: int | None) -> int:
     """Returns the number of heads: as the rotary buffer shows, as asked, as told, or as a usual size has it."""
-    buffer = state.get("rotary_emb.inv_freq")
+    buffer = state.get(INVERSE_FREQUENCY)
     usual = next((size[2] for size in SIZES.values() if size[:2] == (dim, blocks)), None)
     heads = _first(dim // (2 * buffer.size) if buffer is not None and buffer.size else None, asked, told, usual)
     if heads is None:

@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 
+import jax
 import numpy as np
 
 STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
@@ -101,3 +102,18 @@ def save(root, path, transposed=()):
         for storage in storages:
             file.writestr(f"archive/data/{storage.key}", storage.array.tobytes())
         file.writestr("archive/version", "3\n")
+
+
+def lightning(state, shift=1.0, **more):
+    """A checkpoint as Lightning writes it: raw weights that differ by `shift` from the averaged ones."""
+    raw = OrderedDict((f"backbone.{key}", value + np.float32(shift)) for key, value in state.items())
+    raw["backbone.rotary_emb.inv_freq"] = state["rotary_emb.inv_freq"]
+    shadow = [value for key, value in state.items() if key != "rotary_emb.inv_freq"]
+    ema = {"decay": 0.9999, "num_updates": 20, "shadow_params": shadow}
+    optimizer = [{"state": {0: {"exp_avg": np.ones(3, np.float32)}}, "param_groups": []}]
+    return {"epoch": 0, "state_dict": raw, "optimizer_states": optimizer, "ema": ema, **more}
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)

@@ -1,0 +1,104 @@
+"""What is written reads back, here and in PyTorch."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch_files
+from helpers import command, make_config, run, tiny_settings
+from torch_files import equal, lightning
+
+import duo_jax
+from duo_jax import convert
+from duo_jax.data import tokenizers
+from duo_jax.training import checkpoint, loop
+
+
+def test_export_reads_back_bit_for_bit(tmp_path, params, trained):
+    duo_jax.export(params, tmp_path / "out", step=20)
+    read = duo_jax.load(tmp_path / "out")
+    equal(read.weights, params.weights)
+    assert read.network == params.network
+    assert tokenizers.load(read.tokenizer).same_as(tokenizers.load(params.tokenizer))
+    assert checkpoint.find(tmp_path / "out") == (tmp_path / "out", 20)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "tokenizer",
+    ]  # fmt: skip
+    a, b = (duo_jax.sample(p, n_steps=4, seed=3).tokens for p in (params, read))
+    np.testing.assert_array_equal(a, b)
+    with pytest.raises(duo_jax.UserError, match="not empty"):
+        duo_jax.export(params, tmp_path / "out")
+    with pytest.raises(duo_jax.UserError, match="leave out algo"):
+        duo_jax.load(tmp_path / "out", algo="duo")
+    with pytest.raises(duo_jax.UserError, match="averaged weights only"):
+        duo_jax.load(tmp_path / "out", ema=False)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, params):
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(duo_jax.UserError, match="No space left"):
+        convert.write(params, tmp_path / "out", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_then_sampling_and_evaluation(tmp_path, state, text_folder, trained):
+    """A file in the reference's layout goes in, and the folder that comes out is used like a workdir."""
+    torch_files.save(lightning(state), tmp_path / "duo.ckpt")
+    out = tmp_path / "out"
+    flags = ["--algo", "duo_base", "--length", "32", "--tokenizer", str(trained / checkpoint.TOKENIZER)]
+    args = ["-m", "duo_jax.convert", "--from", str(tmp_path / "duo.ckpt"), "--to", str(out)]
+    python = command("", out, {})[0]
+    done = run([python, *args])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the file does not tell its algorithm; give --algo")
+    assert len(done.stderr.splitlines()) == 1
+    done = run([python, *args, *flags])
+    assert done.returncode == 0, done.stderr
+    assert "duo_base, 2 blocks of width 32 with 2 heads, 32 tokens, 300 ids" in done.stdout
+    settings = {**tiny_settings(text_folder), "mode": "eval"}
+    done = run(command("configs/quickstart.py", out, settings))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((out / "eval.json").read_text())
+    done = run(command("configs/quickstart.py", trained, settings))
+    assert figures["nll"] == json.loads((trained / "eval.json").read_text())["nll"]
+    (trained / "eval.json").unlink()
+    done = run(command("configs/quickstart.py", out, {**settings, "mode": "sample", "sample.num": 2}))
+    assert done.returncode == 0, done.stderr
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_training_starts_from_a_converted_folder(tmp_path, text_folder, params):
+    duo_jax.export(params, tmp_path / "out")
+    assert checkpoint.read(tmp_path / "out")[1] == {}
+    settings = {**tiny_settings(text_folder), "init_from": str(tmp_path / "out"), "train.steps": 1, "train.lr": 0.0}
+    loop.train(make_config({**settings, "sample.every": 0, "eval.every": 0}), str(tmp_path / "run"))
+    equal(duo_jax.load(tmp_path / "run", ema=False).weights, params.weights)
+
+
+def test_a_ckpt_for_the_reference(tmp_path, state, params, asked):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "out.ckpt"
+    duo_jax.export(params, path, step=20)
+    equal(duo_jax.load(path, **asked).weights, params.weights)
+    equal(duo_jax.load(path, ema=False, **asked).weights, params.weights)
+    whole = torch.load(path, weights_only=True)
+    assert whole["state_dict"].keys() == {f"backbone.{key}" for key in state}
+    # what the reference's on_load_checkpoint asks for
+    loops = whole["loops"]["fit_loop"]
+    assert loops["epoch_progress"]["current"]["completed"] == 0
+    assert loops["epoch_loop.batch_progress"]["current"]["completed"] == 0
+    assert whole["ema"].keys() == {"decay", "num_updates", "shadow_params"}
+    names = [key for key in state if key != "rotary_emb.inv_freq"]
+    for name, value in zip(names, whole["ema"]["shadow_params"], strict=True):
+        np.testing.assert_array_equal(value.numpy(), state[name])
+    with pytest.raises(duo_jax.UserError, match="exists; give a new file"):
+        duo_jax.export(params, path)
+
+
+def test_a_ckpt_without_pytorch_is_refused(tmp_path, params, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(duo_jax.UserError, match=r"needs PyTorch: run `pip install 'duo_jax\[torch\]'`"):
+        duo_jax.export(params, tmp_path / "out.ckpt")
