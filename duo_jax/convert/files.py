@@ -224,6 +224,7 @@ def write(
         aside.mkdir(parents=True)
         save_file({f"backbone.{key}": value for key, value in state.items()}, aside / _WEIGHTS, {"format": "pt"})
         (aside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (aside / _WEIGHTS).chmod((aside / _CONFIG).stat().st_mode)  # the library makes it readable by its owner alone
         (aside / "README.md").write_text(card.text(net, folder.name, step), encoding="utf-8")
         save_tokenizer(aside / _TOKENIZER)
         if folder.exists():

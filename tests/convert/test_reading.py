@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from torch_files import equal, lightning
 
 import duo_jax
+from configs import distill_owt, owt
 from duo_jax import convert
 from duo_jax.convert import infer
 from duo_jax.models.network import Network
@@ -163,3 +164,34 @@ def test_real_pytorch_writes_what_is_read(tmp_path, state, params, asked):
     kernel = np.asarray(params.weights["head"]["kernel"]).astype(jnp.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(read.weights["head"]["kernel"]), kernel)
     np.testing.assert_array_equal(read.weights["head"]["bias"], params.weights["head"]["bias"])
+
+
+SEDD = {
+    "graph": {"type": "absorb"},
+    "model": {"n_heads": 16, "length": 1024, "dropout": 0.1},
+    "noise": {"type": "loglinear"},
+}
+FLAT = {"n_heads": 12, "model_length": 1024, "dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "name", "told", "size"),
+    [
+        (owt, {}, "duo", FLAT | {"model_type": "DUO"}, (768, 12)),
+        (distill_owt, {}, "duo-distilled", FLAT | {"model_type": "DUO"}, (768, 12)),
+        (owt, {"algo.name": "mdlm"}, "mdlm-owt", FLAT | {"model_type": "mdlm"}, (768, 12)),
+        (owt, {"algo.name": "sedd", "model.size": "medium"}, "sedd-medium", SEDD, (1024, 24)),
+        (owt, {"algo.name": "ar"}, "ar.ckpt", {"model": {"length": 1024, "n_heads": 12}}, (768, 12)),
+    ],
+)
+def test_the_recipes_that_the_documentation_names_fit_the_released_layouts(recipe, changes, name, told, size):
+    """docs/checkpoints.md: `mode=eval` refuses a config of another network."""
+    config = recipe.get_config()
+    config.update_from_flattened_dict(changes)
+    state = {"vocab_embed.embedding": np.empty((50258, size[0]), np.int8)}
+    state |= {f"blocks.{i}.norm1.weight": np.empty(size[0]) for i in range(size[1])}
+    if name != "ar.ckpt":
+        state["sigma_map.mlp.0.weight"] = np.empty((128, 256))
+    net, tokenizer = infer.network(state, infer.facts(told, name), {})
+    assert net == Network.from_config(config, 50258)
+    assert tokenizer == config.data.tokenizer

@@ -25,6 +25,7 @@ def test_export_reads_back_bit_for_bit(tmp_path, params, trained):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "tokenizer",
     ]  # fmt: skip
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir() if p.is_file()}) == 1, "readable alike"
     a, b = (duo_jax.sample(p, n_steps=4, seed=3).tokens for p in (params, read))
     np.testing.assert_array_equal(a, b)
     with pytest.raises(duo_jax.UserError, match="not empty"):
