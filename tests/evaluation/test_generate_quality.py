@@ -102,7 +102,7 @@ def test_the_curve_is_measured_once(trained, autoregressive, judge, tmp_path, do
         (["--models=x={trained}", "--num=0"], "--steps, --num and --rows_at_once must be at least 1"),
         (["--models=x={trained}", "--rows_at_once=0"], "--steps, --num and --rows_at_once must be at least 1"),
         (["--models=x={out}/nowhere"], "nowhere does not exist"),
-        (["--models=x={judge}"], "holds no checkpoint"),
+        (["--models=x={judge}"], "is no Duo, MDLM, SEDD or AR state dict"),
         (["--models=x={trained}", "--noise_removal=gready"], "gready"),
         (["--models=x={trained}", "--top_p=0"], "top_p"),
         (["--models=x={trained}", "--temperature=-1"], "temperature"),
