@@ -149,7 +149,7 @@ def write_gpt2(folder, w, bpe, prefix="", **config):
     return folder
 
 
-def write_llama(path, w, bpe, pre="gpt-2", architecture="llama", without=(), extra=()):
+def write_llama(path, w, bpe, pre="gpt-2", architecture="llama", without=(), extra=(), fields=()):
     """Writes weights as llama.cpp's converter does: `[out, in]`, the two rows of a rotary pair brought side by side."""
     import gguf
 
@@ -165,6 +165,8 @@ def write_llama(path, w, bpe, pre="gpt-2", architecture="llama", without=(), ext
     writer.add_head_count_kv(LLAMA.kv_heads)
     writer.add_layer_norm_rms_eps(LLAMA.eps)
     writer.add_rope_freq_base(LLAMA.rope_base)
+    for key, value in dict(fields).items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
     model = json.loads(bpe.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)

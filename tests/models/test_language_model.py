@@ -32,6 +32,14 @@ def test_nll_is_that_of_the_plain_forward(model):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_products_are_in_full_precision_on_every_device(model):
+    spec, weights, tokens = model
+    program = language_model.nll.lower(weights, tokens, spec=spec).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) > 5
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_later_tokens_change_nothing_earlier(model):
     spec, weights, tokens = model
     changed = tokens.copy()
