@@ -24,7 +24,7 @@ QUICK = [*MAIN, "--config=configs/quickstart.py", "--workdir=unused"]
         ([*QUICK, "train"], "'train' is not a flag"),
         ([*MAIN, "--workdir=x"], "--config is missing"),
         ([*MAIN, "--config=configs/quickstart.py"], "--workdir is missing"),
-        ([*MAIN, "--config=configs/nothing.py", "--workdir=x"], "there are configs/lm1b.py"),
+        ([*MAIN, "--config=configs/nothing.py", "--workdir=x"], "configs/lm1b.py, configs/owt.py"),
         ([*MAIN, "--config=README.md", "--workdir=x"], "is not a Python file"),
         ([*MAIN, "--config=setup.cfg", "--workdir=x"], "no such file"),
     ],

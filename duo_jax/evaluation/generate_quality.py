@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,16 +83,17 @@ def heldout(settings: dict[str, Any], num: int) -> tuple[Any, Any]:
     return batch["tokens"][whole], prepare.load_tokenizer(folder)
 
 
-def kept(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the entries of an earlier `quality.json`, by case; none if there is no such file.
+def kept(path: Path, figures: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns the entries of an earlier `quality.json` that have all figures, by case; none if there is no such file.
 
     Raises:
         UserError: it is not one that this command wrote.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        return {json.dumps(row["case"]): row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        cases = {json.dumps(row["case"]): row for row in rows}
+        return {case: row for case, row in cases.items() if row.keys() >= set(figures)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}; delete it, or give another --out.") from error
 
 
@@ -103,7 +104,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     from duo_jax.training import checkpoint
 
     path = args.out / "quality.json"
-    known = kept(path)
+    known = kept(path, [field.name for field in dataclasses.fields(generative.Quality)])
     found = {name: checkpoint.find(workdir) for name, workdir in args.models.items()}
     judge = judges.load(args.judge)
     read = {name: checkpoint.read(workdir) for name, workdir in args.models.items()}
@@ -159,6 +160,7 @@ def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "n_steps": n_steps,
             "network_calls": group[0]["network_calls"],
             "ppl": spread([row["ppl"] for row in group]),
+            "bits": spread([row["bits"] for row in group]),
             "entropy": spread([row["entropy"] for row in group]),
             "distinct": [statistics.fmean(row["distinct"][n] for row in group) for n in range(3)],
             "seeds": len(group),
@@ -170,16 +172,17 @@ def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]], judge: str) -> str:
     """Returns the averages as a Markdown table."""
     lines = [
-        f"| network | noise removal | steps | calls | PPL ({judge}) | entropy | distinct 1 / 2 / 3 |",
-        "|---|---|---|---|---|---|---|",
+        f"| network | noise removal | steps | calls | PPL ({judge}) | bits / character | entropy | distinct 1 / 2 / 3 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         shares = " / ".join(f"{share:.2f}" for share in row["distinct"])
-        ppl, entropy = f"{row['ppl'][0]:.1f}", f"{row['entropy'][0]:.2f}"
-        if row["seeds"] > 1:
-            ppl, entropy = f"{ppl} ± {row['ppl'][1]:.1f}", f"{entropy} ± {row['entropy'][1]:.2f}"
+        means = []
+        for figure, digits in (("ppl", 1), ("bits", 2), ("entropy", 2)):
+            mean, deviation = row[figure]
+            means.append(f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if row["seeds"] > 1 else ""))
         steps = f"{row['n_steps']} | {row['network_calls']}" if row["n_steps"] else "- | -"
-        lines.append(f"| {row['model']} | {row['noise_removal'] or '-'} | {steps} | {ppl} | {entropy} | {shares} |")
+        lines.append(f"| {row['model']} | {row['noise_removal'] or '-'} | {steps} | {' | '.join(means)} | {shares} |")
     return "\n".join(lines) + "\n"
 
 

@@ -20,12 +20,14 @@ class Quality:
 
     Attributes:
         ppl: exp of the judge's nats per token of its own.
+        bits: the judge's bits per character, however many tokens it takes them for.
         entropy: mean over the texts of the unigram entropy of the generating tokenizer's ids, in nats.
         distinct: shares of different n-grams of words among all of them, for n = 1, 2, 3.
         judged: how many tokens the judge has scored.
     """
 
     ppl: float
+    bits: float
     entropy: float
     distinct: tuple[float, float, float]
     judged: int
@@ -54,7 +56,9 @@ def quality(
     """
     rows = [until_end(row, tokenizer.eos_id) for row in tokens]
     texts = [tokenizer.decode(ids) for ids, _ in rows]
-    nll, count = judge.nll(texts, [ended for _, ended in rows], done)
-    ppl = math.exp(nll.sum() / count.sum()) if count.sum() else math.nan
+    scores = judge.nll(texts, [ended for _, ended in rows], done)
+    nats, count, characters = (float(part.sum()) for part in scores)
+    ppl = math.exp(nats / count) if count else math.nan
+    bits = nats / math.log(2) / characters if characters else math.nan
     entropy = float(sampling.unigram_entropy(tokens).mean())
-    return Quality(ppl, entropy, tuple(distinct(texts, n) for n in (1, 2, 3)), int(count.sum())), texts
+    return Quality(ppl, bits, entropy, tuple(distinct(texts, n) for n in (1, 2, 3)), int(count)), texts

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,20 @@ _ROWS = 8  # texts scored together
 _LENGTHS = 32  # texts are padded to multiples of this: less would compile more programs, more would judge more padding
 
 
+class Scores(NamedTuple):
+    """What a judge says of n texts.
+
+    Attributes:
+        nll: negative log-likelihoods in nats, float64 `[n]`.
+        tokens: of how many tokens each is the sum, `[n]`.
+        characters: how long each text is, `[n]`; of one that was cut, the part that its tokens are of all its tokens.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    characters: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Judge:
     """A language model with its tokenizer.
@@ -51,10 +65,8 @@ class Judge:
     encode: Callable[[str], list[int]]
     boundary: int
 
-    def nll(
-        self, texts: Sequence[str], ended: Sequence[bool], done: Callable[[int], Any] = lambda n: None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns each text's negative log-likelihood in nats, float64 `[n]`, and how many tokens it is the sum of.
+    def nll(self, texts: Sequence[str], ended: Sequence[bool], done: Callable[[int], Any] = lambda n: None) -> Scores:
+        """Returns how probable each text is.
 
         The text stands after the boundary token, which is not scored; where it has ended, the boundary that follows it
         is. A text longer than the context is cut there.
@@ -64,10 +76,13 @@ class Judge:
             ended: whether each came to its end, rather than being cut.
             done: told the number of texts just scored.
         """
+        ids = [self.encode(text) for text in texts]
         rows = [
-            [self.boundary, *self.encode(text), *([self.boundary] if end else [])][: self.spec.context]
-            for text, end in zip(texts, ended, strict=True)
+            [self.boundary, *of_text, *([self.boundary] if end else [])][: self.spec.context]
+            for of_text, end in zip(ids, ended, strict=True)
         ]
+        kept = [min(1.0, (self.spec.context - 1) / max(1, len(of_text))) for of_text in ids]
+        characters = np.array([len(text) * part for text, part in zip(texts, kept, strict=True)])
         total, count = np.zeros(len(rows)), np.array([len(row) - 1 for row in rows])
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for start in range(0, len(order), _ROWS):
@@ -82,7 +97,7 @@ class Judge:
             for at, i in enumerate(picked):
                 total[i] = costs[at, : count[i]].sum()
             done(len(picked))
-        return total, count
+        return Scores(total, count, characters)
 
 
 def load(name: str) -> Judge:

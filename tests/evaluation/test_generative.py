@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from duo_jax.evaluation import generative
+from duo_jax.evaluation import generative, judges
 
 EOS = 1
 
@@ -26,7 +26,8 @@ class Counter:
         self.texts, self.ended = list(texts), list(ended)
         done(len(self.texts))
         words = np.array([len(text.split()) for text in texts])
-        return 0.5 * words + 2.0 * np.array(ended), words + np.array(ended)
+        characters = np.array([len(text) for text in texts])
+        return judges.Scores(0.5 * words + 2.0 * np.array(ended), words + np.array(ended), characters)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,7 @@ def test_quality_judges_the_texts_up_to_their_ends():
     assert judge.ended == [True, False]
     assert quality.judged == 9
     assert quality.ppl == pytest.approx(math.exp((8 * 0.5 + 2) / 9))
+    assert quality.bits == pytest.approx((8 * 0.5 + 2) / math.log(2) / (8 * 2 + 2 + 4))  # letters, and spaces between
     assert quality.distinct == (5 / 8, 5 / 6, 4 / 4)  # bigrams 55 56 | 56 67 78 89, trigrams 556 | 567 678 789
     # Of the whole rows: the first has 1 and 5 twice, 6 and 9 once; the second six different ids.
     first = -2 * (1 / 3) * math.log(1 / 3) - 2 * (1 / 6) * math.log(1 / 6)
@@ -76,6 +78,7 @@ def test_quality_judges_the_texts_up_to_their_ends():
 def test_quality_of_nothing_is_not_a_number():
     quality, texts = generative.quality(np.array([[1], [1]]), Words(), Counter())
     assert math.isnan(quality.ppl)
+    assert math.isnan(quality.bits)
     assert (quality.judged, texts) == (0, ["", ""])
 
 

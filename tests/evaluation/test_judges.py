@@ -41,7 +41,7 @@ def plain_score(spec, w, bpe, text, ended):
 
 def check(judge, spec, w, bpe):
     ended = [i % 2 == 0 for i in range(len(TEXTS))]
-    nll, count = judge.nll(TEXTS, ended)
+    nll, count, _ = judge.nll(TEXTS, ended)
     expected = [plain_score(spec, w, bpe, text, end) for text, end in zip(TEXTS, ended, strict=True)]
     np.testing.assert_array_equal(count, [n for _, n in expected])
     np.testing.assert_allclose(nll, [cost for cost, _ in expected], rtol=1e-5, atol=1e-5)
@@ -91,10 +91,10 @@ def test_company_changes_no_figure(gpt2):
     # More than a batch of them, of 1 to 70 tokens, not in order of length.
     texts = ["the", *["the old house by the river " * n for n in (1, 5, 9, 2)], *TEXTS]
     told = []
-    nll, count = judge.nll(texts, [True] * len(texts), told.append)
+    nll, count, _ = judge.nll(texts, [True] * len(texts), told.append)
     rows = [judge.nll([text], [True]) for text in texts]
-    np.testing.assert_array_equal(count, np.concatenate([c for _, c in rows]))
-    np.testing.assert_allclose(nll, np.concatenate([cost for cost, _ in rows]), rtol=1e-6)
+    np.testing.assert_array_equal(count, np.concatenate([row.tokens for row in rows]))
+    np.testing.assert_allclose(nll, np.concatenate([row.nll for row in rows]), rtol=1e-6)
     assert count.max() > 50 > 10 > count.min()
     assert sum(told) == len(texts)
 
@@ -104,8 +104,9 @@ def test_a_text_beyond_the_context_is_cut_there(gpt2, bpe):
     text = "the old house by the river " * 30
     ids = [judge.boundary, *bpe.encode(text).ids]
     assert len(ids) > plain.GPT2.context
-    nll, count = judge.nll([text, "the"], [True, True])
+    nll, count, characters = judge.nll([text, "naïve 北京"], [True, True])
     assert count[0] == plain.GPT2.context - 1
+    assert characters == pytest.approx([len(text) * count[0] / (len(ids) - 1), 8])
     expected = plain.plain_nll(plain.GPT2, w, ids[: plain.GPT2.context])
     assert nll[0] == pytest.approx(expected.sum(), rel=1e-5)
 
@@ -113,15 +114,15 @@ def test_a_text_beyond_the_context_is_cut_there(gpt2, bpe):
 def test_the_end_of_a_text_is_scored_where_it_has_ended(gpt2, bpe):
     w, judge = gpt2
     text = "the old house"
-    nll, count = judge.nll([text, text], [False, True])
+    nll, count, _ = judge.nll([text, text], [False, True])
     assert count[1] == count[0] + 1
     last = plain.plain_nll(plain.GPT2, w, [judge.boundary, *bpe.encode(text).ids, judge.boundary])[-1]
     assert nll[1] - nll[0] == pytest.approx(last, rel=1e-4)
 
 
 def test_an_empty_text_that_was_cut_counts_for_nothing(gpt2):
-    nll, count = gpt2[1].nll([""], [False])
-    assert (nll.tolist(), count.tolist()) == ([0.0], [0])
+    scores = gpt2[1].nll([""], [False])
+    assert [part.tolist() for part in scores] == [[0.0], [0], [0.0]]
 
 
 # What cannot be a judge.
@@ -258,7 +259,7 @@ def test_smollm2_knows_english_from_a_heap_of_words():
         if len(texts) == 8:
             break
     shuffled = [" ".join(rng.sample(words, len(words))) for words in map(str.split, texts)]
-    nll, count = judge.nll(texts + shuffled, [False] * 16)
+    nll, count, _ = judge.nll(texts + shuffled, [False] * 16)
     real, heap = (np.exp(nll[half].sum() / count[half].sum()) for half in (slice(8), slice(8, None)))
     assert 10 < real < 30
     assert heap > 4 * real
