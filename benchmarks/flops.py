@@ -35,7 +35,7 @@ def train_row(network: Network, length: int, *, relaxed: bool = False) -> float:
     Args:
         network: its algorithm says how many passes there are.
         length: tokens in the row.
-        relaxed: whether the input is a dense mixture of all embeddings, as in Duo's full curriculum.
+        relaxed: whether the input is a dense mixture of all embeddings, as in Duo's full curriculum at a warm tau.
     """
     if network.algo == "ar":
         return 3 * forward(network, length - 1)  # the last token is only predicted

@@ -28,6 +28,10 @@ Aux = dict[str, jax.Array]
 LossFn = Callable[[Weights, Batch, jax.Array, jax.Array], tuple[jax.Array, Aux]]
 
 
+# Beyond this many rows of the embedding a token, reading all of it as one matrix product is the faster way.
+_FEW = 64
+
+
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
     """The Gaussian side of the duality, for `duo` and `dcd`; static.
@@ -93,6 +97,16 @@ class Gaussian:
             kl=distil.kl,
         )
 
+    def entries(self, vocab_size: int) -> int | None:
+        """Returns how many of the softmax's largest entries the network reads; None: all of them, drawn one by one.
+
+        `full` too reads few where tau is so small, as in the paper, that float32 could not tell the others from zero.
+        """
+        if self.curriculum == "topk":
+            return self.k
+        warmest = 10.0 ** max(self.tau_log10_start, self.tau_log10_end)
+        return duality.entries_in_sight(warmest, self.gamma_min, vocab_size, min(_FEW, vocab_size // 8))
+
     def gamma(self, t: jax.Array) -> jax.Array:
         """Returns gamma_t."""
         return duality.gamma(t, self.gamma_min, self.gamma_max)
@@ -155,6 +169,18 @@ class Objective:
         """Returns what the head reads, `[B, L, D]`, of token ids `[B, L]` or an embedded `[B, L, D]` (float)."""
         x = inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else self.network.embed(params, inputs)
         return self.network.hidden(params, x, sigma, self.dropout(key))
+
+    def mixed(self, params: Weights, mix: jax.Array, ids: jax.Array) -> jax.Array:
+        """Returns the embedded mixture `[B, L, D]` of the rows `ids` with the weights `mix`, `[B, L, k]` both."""
+        net = self.network
+        batch, length, k = ids.shape
+        # The k rows of a token are as large as the logits of k D ids.
+        chunk = head.chunk_length(-(-batch // self.shards), length, k * net.dim, net.head_mib)
+
+        def rows(params: Weights, mix: jax.Array, ids: jax.Array) -> jax.Array:
+            return head.in_chunks(lambda mix, ids: net.embed(params, ids, mix), mix, ids, chunk=chunk)
+
+        return head.on_rows(rows, self.mesh, whole=1, rows=2)({"embed": params["embed"]}, mix, ids)
 
     def mean(
         self,
@@ -242,9 +268,9 @@ def duo(this: Objective) -> LossFn:
         params: Weights, key: jax.Array, x: jax.Array, gamma: jax.Array, tau: jax.Array
     ) -> tuple[jax.Array, ...]:
         """Returns the embedded relaxed input `[B, L, D]` and z_t `[B, L]`."""
-        if gaussian.curriculum == "topk":
-            mix, ids, z_t = duality.tempered_topk(key, x, gamma, tau, gaussian.k, net.vocab_size)
-            return net.embed(params, ids, mix), z_t
+        if k := gaussian.entries(net.vocab_size):
+            mix, ids, z_t = duality.tempered_topk(key, x, gamma, tau, k, net.vocab_size)
+            return this.mixed(params, mix, ids), z_t
 
         def piece(params: Weights, keys: jax.Array, x: jax.Array, gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
             eps = jax.vmap(jax.vmap(lambda k: jax.random.normal(k, (net.vocab_size,))))(keys)

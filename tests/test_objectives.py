@@ -98,13 +98,16 @@ def test_the_mask_leaves_tokens_out():
     assert aux["tokens"] == 0
 
 
-@pytest.mark.parametrize("algo", ["duo_base", "duo:full", "duo:topk", "dcd", "mdlm", "sedd", "d3pm", "ar"])
+@pytest.mark.parametrize("algo", ["duo_base", "duo:full", "duo:cold", "duo:topk", "dcd", "mdlm", "sedd", "d3pm", "ar"])
 def test_visiting_the_vocabulary_in_chunks_changes_no_number(algo):
     # head_mib = 0 visits one position at a time, 256 all at once.
     algo, _, kind = algo.partition(":")
     config = config_lib.default()
-    config.algo.name, config.algo.curriculum.kind = algo, kind or "topk"
-    config.algo.curriculum.tau_log10_start = config.algo.curriculum.tau_log10_end = -1.0
+    config.algo.name, config.algo.curriculum.kind = algo, "topk" if kind in ("", "topk") else "full"
+    # So cold a softmax is read by its largest entries; the other one whole.
+    config.algo.curriculum.tau_log10_start = config.algo.curriculum.tau_log10_end = -7.0 if kind == "cold" else -1.0
+    read = objectives.Gaussian.from_config(config, VOCAB).entries(VOCAB)
+    assert {"full": read is None, "cold": read == 5}.get(kind, True)
     keys = jax.random.split(jax.random.key(5), 4)
     batch = {
         "tokens": jax.random.randint(keys[0], (4, 16), 0, VOCAB - 1),

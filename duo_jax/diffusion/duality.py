@@ -153,6 +153,29 @@ def tempered_topk(
     return jnp.exp(values / tau - log_total), ids, ids[..., 0]
 
 
+def entries_in_sight(tau: float, gamma_min: float, vocab_size: int, most: int) -> int | None:
+    """How many of the largest entries are all that float32 can tell of softmax(w_t / tau), for every gamma >= gamma_min.
+
+    Entries that lie further below the largest than (tau / s) log(2^24 K), s the noise scale, add up to less than 2^-24
+    of it, all together. Returns the smallest m such that more than m lie nearer with probability at most 1e-9 a token,
+    or None if that is more than `most`. `tempered_topk` with k = m then draws the whole softmax.
+
+    Given M, the largest of the K-1 others, how many of the rest lie within d below it is binomial with p = 1 - Phi(M-d) /
+    Phi(M). Its tail has Chernoff's bound, which is averaged over M.
+    """
+    check_vocab_size(vocab_size)
+    noise = math.sqrt(1.0 / (1.0 + math.exp(-gamma_min)))
+    near = tau / noise * math.log(2.0**24 * vocab_size)
+    z, log_weight, _ = _nodes(vocab_size)
+    mean = -(vocab_size - 2) * np.expm1(log_ndtr_exact(z - near) - log_ndtr_exact(z))
+    rest = np.arange(1, min(most, vocab_size) + 1)[:, None]
+    ratio = np.maximum(rest, mean) / np.maximum(mean, 1e-300)
+    tail = np.exp(np.maximum(rest, mean) - mean - np.maximum(rest, mean) * np.log(ratio))
+    rare = np.sum(np.exp(log_weight) * tail, axis=-1) <= 1e-9
+    m = min(int(np.argmax(rare)) + 1 + 2, vocab_size)  # the largest itself and the true token beside them
+    return m if rare.any() and m <= most else None
+
+
 def _open_slot(sorted_others: jax.Array, slot: jax.Array, rank: jax.Array) -> jax.Array:
     """The others `[..., m]` laid out over the slots `[k]` with the slot `rank [..., 1]` left free: `[..., k]`."""
     source = jnp.clip(slot - (slot > rank), 0, sorted_others.shape[-1] - 1)

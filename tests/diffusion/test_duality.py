@@ -163,6 +163,37 @@ def test_efficient_curriculum_weights_follow_the_full_softmax(k, top, gamma, tau
         assert stats.ks_2samp(ours.ravel(), theirs.ravel()).pvalue > FALSE_ALARM
 
 
+@pytest.mark.parametrize(
+    ("k", "gamma", "tau"), [(50, -2.0, 1e-3), (400, -2.5, 3e-3), (3000, -3.5, 1e-3), (3000, -1.0, 1e-2)]
+)
+def test_entries_in_sight_hold_the_whole_softmax(k, gamma, tau):
+    """What lies beyond them adds up to less than 2^-24; two would not do; the slots follow the dense softmax."""
+    m = duality.entries_in_sight(tau, gamma, k, k)
+    assert m < k
+    x = jnp.full((20, 200), 1)
+    w = np.float64(duality.gaussian_latent(jax.random.key(3), x, gamma, k))
+    full = np.sort(np.exp((w - w.max(-1, keepdims=True)) / tau), axis=-1)[..., ::-1]
+    full /= full.sum(-1, keepdims=True)
+    assert full[..., m:].sum(-1).max() < 2.0**-24
+    assert full[..., 2:].sum(-1).max() > 2.0**-24
+    weights, ids, _ = tempered(4, x, gamma, tau, m, k)
+    # An exponent w / tau is as exact as float32 is about w, which numerator and denominator may round each in its way.
+    np.testing.assert_allclose(weights.sum(-1), 1.0, atol=2.0**-23 / tau)
+    true = np.take_along_axis(np.exp((w - w.max(-1, keepdims=True)) / tau), np.asarray(x)[..., None], -1)[..., 0]
+    pairs = [(weights[..., slot], full[..., slot]) for slot in range(3)]
+    pairs.append((np.where(ids == 1, weights, 0).sum(-1) / weights[..., 0], true))
+    for ours, theirs in pairs:
+        # Most are 0 or 1 but for digits that float32 does not have.
+        assert stats.ks_2samp(ours.ravel().round(3), theirs.ravel().round(3)).pvalue > FALSE_ALARM
+
+
+def test_entries_in_sight_are_only_counted_up_to_a_limit():
+    assert duality.entries_in_sight(0.1, -3.55, 50_257, 64) is None
+    assert duality.entries_in_sight(1e-3, -3.55, 50_257, 64) == 31
+    assert duality.entries_in_sight(1e-3, -3.55, 50_257, 30) is None
+    assert duality.entries_in_sight(1e-3, -3.55, 2, 2) == 2
+
+
 def test_efficient_curriculum_never_builds_the_vocabulary():
     x = jnp.zeros((4, 8), int)
     jaxpr = jax.make_jaxpr(lambda key, gamma, tau: duality.tempered_topk(key, x, gamma, tau, 5, 50_258))(
