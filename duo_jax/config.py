@@ -99,7 +99,7 @@ def default() -> ConfigDict:
     config.model.length = 1024  # tokens in a row, BOS and EOS included
     config.model.dropout = 0.1  # on the two residual branches of every block
     config.model.attention = "auto"  # auto | xla | cudnn
-    config.model.head_mib = 128  # MiB for a chunk of logits on a device, as the vocabulary is visited in chunks
+    config.model.head_mib = 160  # MiB for a chunk of logits on a device, as the vocabulary is visited in chunks
     # What the backward pass computes anew to save memory: none | dots (all but matrix products) | blocks (all but what goes
     # from block to block)
     config.model.remat = "none"

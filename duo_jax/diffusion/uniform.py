@@ -5,6 +5,7 @@ level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]` (see `arrays.per_token`). T
 take any leading shape `[...]`, so that a caller may walk through the tokens in chunks. Losses are in nats.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -127,7 +128,7 @@ def nelbo_from_logits(
         f = -alpha' / (K alpha) * sum_{j != i} r_j (y_j - 1 - log y_j),    y_j = r_hat_j / r_j,
 
     a sum of non-negative terms. In this order nothing of order K or 1/alpha cancels: float32 keeps about 1e-6 relative.
-    Three passes over the vocabulary forward and two backward, with no temporary of its size but the gradient.
+    The exponentials are kept for the backward pass: beside logits and gradient, one temporary of the vocabulary's size.
     """
     if not z_t.shape == x.shape == logits.shape[:-1]:
         raise UserError(f"logits {logits.shape}, z_t {z_t.shape} and x {x.shape} do not describe the same tokens")
@@ -138,9 +139,8 @@ def nelbo_from_logits(
 class _Terms(NamedTuple):
     """What the terms of one token share, each `[...]`; s_j = (K alpha / (1-alpha)) p_j, so that pbar_j ~ 1 + s_j."""
 
-    top: jax.Array  # the largest logit
     clean: jax.Array  # s_j of a one-hot: K alpha / (1-alpha)
-    scale: jax.Array  # s_j = scale exp(logit_j - top)
+    scale: jax.Array  # s_j = scale e_j
     gain: jax.Array  # y_j = gain (1 + s_j) for the tokens j other than i and x
     gain_minus_1: jax.Array
     rate: jax.Array  # r_j of those tokens
@@ -151,18 +151,20 @@ class _Terms(NamedTuple):
     log_y_x: jax.Array
 
 
-def _others(logits: jax.Array, z_t: jax.Array, x: jax.Array) -> jax.Array:
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return (ids != z_t[..., None]) & (ids != x[..., None])
+def _is(ids: jax.Array, logits: jax.Array) -> jax.Array:
+    """Whether an entry of `logits [..., K]` is that of its row's token `ids [...]`."""
+    return lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == ids[..., None]
 
 
-def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) -> _Terms:
+def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) -> tuple[_Terms, jax.Array]:
+    """Also e_j = exp(logit_j - top) of the tokens j other than z_t and x, `[..., K]`; 0 at these two."""
     same = z_t == x
     signal, noise = jnp.maximum(alpha, _MIN_SIGNAL), jnp.maximum(1.0 - alpha, _MIN_NOISE)
     per_noise = logits.shape[-1] / noise
     clean = per_noise * signal
     top = jnp.max(logits, axis=-1)
-    rest = jnp.sum(jnp.where(_others(logits, z_t, x), jnp.exp(logits - top[..., None]), 0.0), axis=-1)
+    others = jnp.where(_is(z_t, logits) | _is(x, logits), 0.0, jnp.exp(logits - top[..., None]))
+    rest = jnp.sum(others, axis=-1)
     e_i, e_x = jnp.exp(take(logits, z_t) - top), jnp.exp(take(logits, x) - top)
     total = rest + e_i + jnp.where(same, 0.0, e_x)
     # 1 - p_x from the other tokens' mass: 1 - exp(log p_x) would lose it for a confident network.
@@ -170,8 +172,7 @@ def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) ->
     s_i, s_x = clean * e_i / total, clean * e_x / total
     away = jnp.where(same, missing, -s_i)
     d_x = -(missing + s_i + s_i * clean) / ((1.0 + s_i) * (1.0 + clean))
-    return _Terms(
-        top=top,
+    terms = _Terms(
         clean=clean,
         scale=clean / total,
         gain=jnp.where(same, 1.0 + clean, 1.0) / (1.0 + s_i),
@@ -183,20 +184,20 @@ def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) ->
         d_x=jnp.where(same, 0.0, d_x),
         log_y_x=jnp.where(same, 0.0, _log_ratio(d_x, s_x, -jnp.log1p(s_i) - jnp.log1p(clean))),
     )
+    return terms, others
 
 
-def _log_ratio(d: jax.Array, s: jax.Array, log_gain: jax.Array) -> jax.Array:
+def _log_ratio(
+    d: jax.Array, s: jax.Array, log_gain: jax.Array, log1p: Callable[[jax.Array], jax.Array] = jnp.log1p
+) -> jax.Array:
     """log(1+d), 1+d = (1+s) exp(log_gain): from d unless that rounds to -1, since the two logarithms may cancel."""
     direct = d > -0.9
-    return jnp.log1p(jnp.where(direct, d, s)) + jnp.where(direct, 0.0, log_gain)
+    return log1p(jnp.where(direct, d, s)) + jnp.where(direct, 0.0, log_gain)
 
 
-def _s_and_d(logits: jax.Array, terms: _Terms) -> tuple[jax.Array, jax.Array]:
-    """s_j and y_j - 1 of the tokens other than z_t and x, `[..., K]`; always fused into what consumes them."""
-    # Behind the barrier the exponentials are not the ones of the first pass, so the compiler computes them twice
-    # instead of keeping them: a [..., K] buffer costs more than an exp.
-    terms = lax.optimization_barrier(terms)
-    s = terms.scale[..., None] * jnp.exp(logits - terms.top[..., None])
+def _s_and_d(others: jax.Array, terms: _Terms) -> tuple[jax.Array, jax.Array]:
+    """s_j and y_j - 1 of the tokens other than z_t and x, `[..., K]`."""
+    s = terms.scale[..., None] * others
     return s, terms.gain[..., None] * s + terms.gain_minus_1[..., None]
 
 
@@ -209,46 +210,45 @@ def _nelbo_forward(
     logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array, dalpha: jax.Array
 ) -> tuple[jax.Array, tuple]:
     values = as_float(logits)
-    terms = _terms(values, z_t, x, alpha)
-    s, d = _s_and_d(values, terms)
+    terms, others = _terms(values, z_t, x, alpha)
+    s, d = _s_and_d(others, terms)
     # Where z_t = x the gain is at least 1 and so is every y, and this is not looked at.
     log_gain = -jnp.log1p(terms.s_i)[..., None]
-    gaps = excess(d, _log_ratio(d, s, log_gain))
-    gaps = jnp.sum(jnp.where(_others(values, z_t, x), gaps, 0.0), axis=-1)
+    # log1p would cost twice as much, for digits that matter only near d = 0, where this is not looked at either.
+    gaps = excess(d, _log_ratio(d, s, log_gain, lambda v: jnp.log(1.0 + v)))
+    gaps = jnp.sum(jnp.where(_is(z_t, others) | _is(x, others), 0.0, gaps), axis=-1)
     bound = terms.rate * gaps + (1.0 + terms.clean) * excess(terms.d_x, terms.log_y_x)
     scale = -dalpha / (values.shape[-1] * jnp.maximum(alpha, _MIN_SIGNAL))
-    return scale * bound, (logits, z_t, x, alpha, dalpha, terms, gaps, bound)
+    return scale * bound, (others, z_t, x, alpha, dalpha, terms, gaps, bound, jnp.zeros((), logits.dtype))
 
 
 def _nelbo_backward(residuals: tuple, cotangent: jax.Array) -> tuple:
     """The gradient in closed form, from dF/ds_j = (r_hat_j - r_j) / (1 + s_j) for j != i; exact in every argument."""
-    logits, z_t, x, alpha, dalpha, terms, gaps, bound = residuals
-    values = as_float(logits)
-    vocab_size = values.shape[-1]
+    others, z_t, x, alpha, dalpha, terms, gaps, bound, like = residuals
+    vocab_size = others.shape[-1]
     same = z_t == x
     signal, noise = jnp.maximum(alpha, _MIN_SIGNAL), jnp.maximum(1.0 - alpha, _MIN_NOISE)
     scale = -dalpha / (vocab_size * signal)
 
     # s_j dF/ds_j at i, at x and at the others; then through the softmax.
-    s, d = _s_and_d(values, terms)
-    pull = jnp.sum(jnp.where(_others(values, z_t, x), d * (s / (1.0 + s)), 0.0), axis=-1)
+    s, d = _s_and_d(others, terms)
+    pull = jnp.sum(d * (s / (1.0 + s)), axis=-1)
     at_i = -terms.drift * (terms.s_i / (1.0 + terms.s_i))
     at_x = (1.0 + terms.clean) * terms.d_x * (terms.s_x / (1.0 + terms.s_x))
     total = terms.rate * pull + at_x + at_i
     weight = cotangent * scale
-    s, d = _s_and_d(values, terms)
-    ids = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-    direct = terms.rate[..., None] * d * (s / (1.0 + s))
-    direct = jnp.where(ids == x[..., None], at_x[..., None], direct)
-    direct = jnp.where(ids == z_t[..., None], at_i[..., None], direct)
-    d_logits = weight[..., None] * (direct - s * (total / terms.clean)[..., None])
+    share = total / terms.clean
+    d_logits = terms.rate[..., None] * d * (s / (1.0 + s)) - s * share[..., None]
+    d_logits = jnp.where(_is(x, others), (at_x - terms.s_x * share)[..., None], d_logits)
+    d_logits = jnp.where(_is(z_t, others), (at_i - terms.s_i * share)[..., None], d_logits)
+    d_logits = weight[..., None] * d_logits
 
     # alpha enters through the scale and through s: by the prediction (total / clean) and by the true ratios r_j.
     sum_log_y = terms.drift / terms.rate - gaps
     by_truth = jnp.where(same, terms.rate**2 * sum_log_y, -terms.log_y_x)
-    d_alpha = scale * (vocab_size / noise**2 * (total / terms.clean + by_truth) - bound / signal)
+    d_alpha = scale * (vocab_size / noise**2 * (share + by_truth) - bound / signal)
     d_dalpha = -bound / (vocab_size * signal)
-    return d_logits.astype(logits.dtype), None, None, cotangent * d_alpha, cotangent * d_dalpha
+    return d_logits.astype(like.dtype), None, None, cotangent * d_alpha, cotangent * d_dalpha
 
 
 _nelbo.defvjp(_nelbo_forward, _nelbo_backward)

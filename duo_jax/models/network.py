@@ -44,7 +44,7 @@ class Network:
     d3pm_steps: int = 1000
     precision: str = "auto"
     attention: str = "auto"
-    head_mib: int = 128
+    head_mib: int = 160
     remat: str = "none"
     scan: bool = False
 
