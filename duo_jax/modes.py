@@ -22,7 +22,7 @@ _SAMPLE = ("n_steps", "seed", "sampler", "noise_removal", "top_p", "temperature"
 _SHOWN = 4
 
 # What may differ between a checkpoint and the config it is used with: how it is computed, not what it is.
-_HOW = ("precision", "attention", "head_mib", "dropout")
+_HOW = ("precision", "attention", "head_mib", "dropout", "remat", "scan")
 
 
 def _load(config: ConfigDict, workdir: str) -> Params:

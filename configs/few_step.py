@@ -1,0 +1,35 @@
+"""Duo on 10,033 Wikipedia paragraphs, trained far enough that its text can be judged: what `few_step.sh` distils.
+
+    bash launch/few_step.sh
+    python -m duo_jax.main --config=configs/few_step.py --workdir=runs/few_step/base
+
+Hardware: two CPU cores, about an hour. What came out: docs/few_step.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+
+
+def get_config() -> ConfigDict:
+    """Returns the quickstart's recipe with 3.4 million parameters and tokens of three characters, 2,048 of them.
+
+    Tokens that are nearly words leave spelling to the tokenizer: in bits per character, their frequencies alone say as much
+    as the quickstart's network learns in 8,000 steps over its 300 tokens.
+    """
+    config = quickstart.get_config()
+    config.model.dim = 192
+    config.model.blocks = 6
+    config.model.heads = 6
+    config.model.cond_dim = 64
+    config.data.bpe_size = 2_048
+
+    config.train.steps = 6_000
+    config.train.lr = 2e-3
+    config.train.ema = 0.998
+    config.algo.curriculum.end = 2_000
+
+    config.eval.every = 500
+    config.sample.every = 0
+    config.checkpoint.every = 500
+    return config
