@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "hub": ["datasets>=3.0"],
-    "judge": ["gguf>=0.10", "huggingface_hub>=0.24"],
+    "judge": ["gguf>=0.10"],
     "torch": ["torch>=2.4"],
     "tpu": ["jax[tpu]"],
     "test": [
@@ -35,6 +35,7 @@ setup(
         "clu>=0.0.12",
         "flax>=0.12",
         "grain>=0.2.16",
+        "huggingface_hub>=0.24",
         "jax>=0.10",
         "matplotlib>=3.9",
         "ml-collections>=1.0",

@@ -81,8 +81,8 @@ def load(
         UserError: there is no checkpoint, it cannot be read, or it does not tell what it must.
     """
     asked = {"algo": algo, "heads": heads, "length": length, "tokenizer": tokenizer}
-    path = Path(path_or_name).expanduser()
-    if not path.is_dir() or (convert.is_folder(path) and not (path / checkpoint.FOLDER).is_dir()):
+    path = convert.local(path_or_name)
+    if not path.is_dir() or not checkpoint.is_run(path):
         return convert.read(path_or_name, ema=ema, **asked)
     if given := [name for name, value in asked.items() if value is not None]:
         raise UserError(f"{path} is a run of duo_jax, which tells all of its network; leave out {', '.join(given)}.")

@@ -2,8 +2,8 @@
 # Text in a few steps, from a fresh clone: trains Duo on the wiki text, distils it, and draws how good the texts of both are
 # against the number of steps, judged by SmolLM2-135M. Run again, it goes on where it stopped.
 #
-#   bash launch/few_step.sh                     everything under runs/few_step
-#   BASE=runs/quickstart bash launch/few_step.sh     distils that trained network
+#   bash launch/few_step.sh                  everything under runs/few_step
+#   BASE=runs/mine bash launch/few_step.sh   distils that finished run of configs/few_step.py
 #
 # Settings of the distillation may follow: bash launch/few_step.sh --config.train.steps=5000
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" judge
@@ -21,10 +21,9 @@ duo() { .venv/bin/python -m duo_jax.main "$@"; }
 
 if [ -z "${BASE:-}" ]; then
   BASE=$folder/base
-  .venv/bin/python -m duo_jax.data.prepare --config=configs/quickstart.py
-  duo --config=configs/quickstart.py --workdir="$BASE" --config.train.steps=8000 --config.eval.every=2000 \
-    --config.sample.every=0 --config.checkpoint.every=500
+  .venv/bin/python -m duo_jax.data.prepare --config=configs/few_step.py
+  duo --config=configs/few_step.py --workdir="$BASE"
 fi
 duo --config=configs/quickstart_distill.py --config.init_from="$BASE" --workdir="$folder/distilled" "$@"
 .venv/bin/python -m duo_jax.evaluation.generate_quality --models "duo=$BASE" --models "distilled=$folder/distilled" \
-  --steps 1,2,4,8,16,32,64,128 --noise_removal ancestral,greedy --seeds 0,1,2 --judge smollm2 --out "$folder/curve"
+  --steps 1,2,4,8,16,32,64 --noise_removal ancestral,greedy --seeds 0,1,2 --judge smollm2 --out "$folder/curve"

@@ -14,7 +14,15 @@ from duo_jax.errors import UserError
 from duo_jax.models.network import Network, count
 from duo_jax.training import optimizer, state
 
-MILLIONS = {"owt": 170, "lm1b": 139, "tiny": 34, "quickstart": 1, "distill_owt": 170, "quickstart_distill": 1.1}
+MILLIONS = {
+    "owt": 170,
+    "lm1b": 139,
+    "tiny": 34,
+    "quickstart": 1,
+    "distill_owt": 170,
+    "few_step": 3.95,
+    "quickstart_distill": 3.95,
+}
 
 
 def get_config(path):

@@ -11,13 +11,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from duo_jax import cli
+from duo_jax import cli, convert
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the command's arguments."""
     lines = argparse.RawDescriptionHelpFormatter
-    made = argparse.ArgumentParser(prog="python -m duo_jax.convert", description=__doc__, formatter_class=lines)
+    made = cli.Parser(prog="python -m duo_jax.convert", description=__doc__, formatter_class=lines, allow_abbrev=False)
     made.add_argument("--from", dest="source", required=True, metavar="X", help="file, folder, workdir or hub id")
     made.add_argument("--to", required=True, metavar="DIR", help="a new folder, or a new file .ckpt")
     made.add_argument("--algo", help="duo, duo_base, dcd, mdlm, sedd, d3pm or ar, where the file does not tell")
@@ -41,9 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from duo_jax import api, progress  # the libraries behind them take seconds, which --help need not wait for
     from duo_jax.training import checkpoint
 
+    if Path(args.to).suffix != ".ckpt":
+        convert.check_new(args.to)  # before minutes are spent on reading
     asked = {name: getattr(args, name) for name in ("algo", "heads", "length", "tokenizer")}
     params = api.load(args.source, ema=args.ema, **asked)
-    folder = Path(args.source).expanduser()
+    folder = convert.local(args.source)
     step = checkpoint.find(folder)[1] if folder.is_dir() else 0
     api.export(params, args.to, step=step, ema=args.ema)
     net = params.network

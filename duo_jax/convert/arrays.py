@@ -92,32 +92,41 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
+def check(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Returns our path -> the reference's key for a state dict of these shapes, the rotary buffer left out.
+
+    Raises:
+        UserError: keys that are missing or that no part of the network owns, or arrays of a wrong shape, listed.
+    """
+    shapes = {key: tuple(shape) for key, shape in shapes.items() if key != INVERSE_FREQUENCY}
+    blocks = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
+    adaln = any("sigma_map." in key or "adaLN" in key for key in shapes)
+    pairs = _pairs(blocks, adaln)
+    missing, extra = sorted(set(pairs.values()) - shapes.keys()), sorted(shapes.keys() - set(pairs.values()))
+    if not blocks or missing or extra:
+        raise UserError(
+            f"this is no Duo, MDLM, SEDD or AR state dict: missing {_listed(missing) or 'no'} keys, "
+            f"unknown {_listed(extra) or 'no'} keys."
+        )
+    vocab, dim = (*shapes["vocab_embed.embedding"], 0, 0)[:2]
+    cond = (*shapes["sigma_map.mlp.0.weight"], 0)[0] if adaln else 0
+    wanted = _shapes(blocks, adaln, vocab, dim, cond)
+    wrong = [
+        f"{key} {list(shapes[key])} instead of {list(shape)}" for key, shape in wanted.items() if shapes[key] != shape
+    ]
+    if wrong:
+        raise UserError(f"arrays of this state dict have wrong shapes: {_listed(wrong)}.")
+    return pairs
+
+
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Returns our nested parameters for the reference's state dict (numpy arrays or CPU tensors).
 
     Raises:
         UserError: keys that are missing or that no part of the network owns, or arrays of a wrong shape, listed.
     """
-    state = {key: np.asarray(value) for key, value in state_dict.items() if key != INVERSE_FREQUENCY}
-    blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    adaln = "sigma_map.mlp.0.weight" in state
-    pairs = _pairs(blocks, adaln)
-    missing, extra = sorted(set(pairs.values()) - state.keys()), sorted(state.keys() - set(pairs.values()))
-    if not blocks or missing or extra:
-        raise UserError(
-            f"this is no Duo, MDLM, SEDD or AR state dict: missing {_listed(missing) or 'no'} keys, "
-            f"unknown {_listed(extra) or 'no'} keys."
-        )
-    vocab, dim = (*state["vocab_embed.embedding"].shape, 0, 0)[:2]
-    cond = (*state["sigma_map.mlp.0.weight"].shape, 0)[0] if adaln else 0
-    wanted = _shapes(blocks, adaln, vocab, dim, cond)
-    wrong = [
-        f"{key} {list(state[key].shape)} instead of {list(shape)}"
-        for key, shape in wanted.items()
-        if state[key].shape != shape
-    ]
-    if wrong:
-        raise UserError(f"arrays of this state dict have wrong shapes: {_listed(wrong)}.")
+    state = {key: np.asarray(value) for key, value in state_dict.items()}
+    pairs = check({key: value.shape for key, value in state.items()})
     params: dict[str, Any] = {}
     for ours, theirs in pairs.items():
         *path, leaf = ours.split("/")

@@ -6,6 +6,7 @@ also says, under `duo_jax`, all that the network is; the tokenizer lies in `toke
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from duo_jax.config import ALGORITHMS
 from duo_jax.convert import arrays, card, infer, pickled
 from duo_jax.errors import UserError
-from duo_jax.models.network import Network, Params
+from duo_jax.models.network import Network, Params, Weights
 
 FORMAT = 1
 _CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer"
@@ -32,9 +35,24 @@ _IGNORED = ("teacher.", "noise.", "metrics.")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def local(path: str | Path) -> Path:
+    """Returns a path with its ~ filled in, whether or not something is there.
+
+    Raises:
+        UserError: it cannot be looked at.
+    """
+    try:
+        found = Path(path).expanduser()
+        if found.is_dir():
+            next(found.iterdir(), None)
+        return found
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
 def is_folder(path: str | Path) -> bool:
     """Whether a path is a folder of weights and their config, ours or from the hub."""
-    path = Path(path).expanduser()
+    path = local(path)
     return (path / _CONFIG).is_file() and any((path / name).is_file() for name in _FOLDER_FILES)
 
 
@@ -52,8 +70,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def step(folder: str | Path) -> int:
     """Returns the training step that a folder's weights are of, 0 if it does not say."""
-    ours = _config(Path(folder).expanduser()).get("duo_jax")
-    return int(ours.get("step", 0)) if isinstance(ours, dict) else 0
+    ours = _config(local(folder)).get("duo_jax")
+    told = ours.get("step") if isinstance(ours, dict) else None
+    return told if isinstance(told, int) else 0
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -61,16 +80,26 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors.flax import load_file  # the NumPy loader does not know bfloat16
 
     try:
+        path.open("rb").close()  # whose error tells why it cannot be
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return {key: np.asarray(value) for key, value in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no safetensors file, or a damaged one: {error}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (SafetensorError, AttributeError, KeyError, TypeError) as error:  # the last three of a type that NumPy lacks
+        raise UserError(f"{path} is no safetensors file, or a damaged one, or of an odd type: {error}.") from error
 
 
 def _unprefixed(state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the network's entries under their bare names, in their order."""
-    state = {key: value for key, value in state.items() if not str(key).startswith(_IGNORED)}
-    return {_PREFIX.sub("", str(key)): value for key, value in state.items()}
+    bare: dict[str, Any] = {}
+    for key, value in state.items():
+        name = _PREFIX.sub("", str(key))
+        if str(key).startswith(_IGNORED):
+            continue
+        if name in bare:
+            raise UserError(f"the state dict holds {name} twice, under different prefixes; it is of two networks.")
+        bare[name] = value
+    return bare
 
 
 def _averaged(path: Path, state: dict[str, Any], ema: Any) -> dict[str, Any]:
@@ -96,28 +125,30 @@ def _averaged(path: Path, state: dict[str, Any], ema: Any) -> dict[str, Any]:
 
 def _pickled(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the arrays of a file of `torch.save`, and the config in it, if there is one."""
-    archive = pickled.Archive(path)
-    root = archive.root
-    whole = root if isinstance(root, dict) else {}
-    lightning = isinstance(whole.get("state_dict"), dict)
-    state = _unprefixed(whole["state_dict"] if lightning else whole)
-    if lightning and ema:
-        state = _averaged(path, state, whole.get("ema"))
-    strange = [key for key, value in state.items() if not isinstance(value, pickled.Tensor)]
-    if strange or not state:
-        listed = f"{', '.join(map(str, strange[:8]))} are no tensors" if strange else "it is empty"
-        raise UserError(f"{path} holds no state dict: {listed}.")
-    config = pickled.plain(whole.get("hyper_parameters"))
-    config = config.get("config", config) if isinstance(config, dict) else {}
-    return {key: archive.array(value) for key, value in state.items()}, config if isinstance(config, dict) else {}
+    with contextlib.closing(pickled.Archive(path)) as archive:
+        root = archive.root
+        whole = root if isinstance(root, dict) else {}
+        lightning = isinstance(whole.get("state_dict"), dict)
+        state = _unprefixed(whole["state_dict"] if lightning else whole)
+        strange = [key for key, value in state.items() if not isinstance(value, pickled.Tensor)]
+        if strange or not state:
+            listed = f"{', '.join(map(str, strange[:8]))} are no tensors" if strange else "it is empty"
+            raise UserError(f"{path} holds no state dict: {listed}.")
+        arrays.check({key: value.shape for key, value in state.items()})
+        if lightning and ema:
+            state = _averaged(path, state, whole.get("ema"))
+        try:
+            config = pickled.plain(whole.get("hyper_parameters"))
+        except RecursionError:
+            config = None
+        config = config.get("config", config) if isinstance(config, dict) else {}
+        return {key: archive.array(value) for key, value in state.items()}, config if isinstance(config, dict) else {}
 
 
 def _fetched(name: str) -> Path:
     """Returns the local folder of a model of the Hugging Face hub."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise UserError(f"to fetch {name}, run `pip install huggingface_hub`.") from error
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=[_CONFIG, *_FOLDER_FILES, f"{_TOKENIZER}/*"]))
     except (OSError, ValueError) as error:  # the library's own errors are among these
@@ -127,9 +158,11 @@ def _fetched(name: str) -> Path:
 
 def _open(path_or_name: str | Path) -> tuple[Path, Path]:
     """Returns the file of weights that a path or a hub id means, and the folder of its config."""
-    path = Path(path_or_name).expanduser()
+    path = local(path_or_name)
     if not path.exists():
-        if not _HUB_ID.fullmatch(str(path_or_name)):
+        # What looks like a place here is a slip of the pen, not a model of the hub.
+        here = path.suffix in (*_PICKLED, ".safetensors") or path.parent.is_dir()
+        if here or not _HUB_ID.fullmatch(str(path_or_name)):
             raise UserError(f"{path} does not exist; give a run's workdir, a file or folder of weights, or a hub id.")
         path = _fetched(str(path_or_name))
     if path.is_file():
@@ -137,7 +170,12 @@ def _open(path_or_name: str | Path) -> tuple[Path, Path]:
     for name in _FOLDER_FILES:
         if (path / name).is_file():
             return path / name, path
-    raise UserError(f"{path} holds none of {', '.join(_FOLDER_FILES)}; give a file or a folder of weights.")
+    if any(path.glob("*.index.json")):
+        raise UserError(f"{path} holds weights that are split over several files; save them as one model.safetensors.")
+    raise UserError(
+        f"{path} holds no checkpoint of a run, and none of {', '.join(_FOLDER_FILES)}; give a run's workdir, or a file or "
+        "folder of weights."
+    )
 
 
 def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
@@ -160,13 +198,18 @@ def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
         config = inside or config
     else:
         raise UserError(f"{path} is of no known kind; give a file {', '.join(_PICKLED)} or .safetensors.")
+    if odd := [key for key, value in state.items() if not jnp.issubdtype(value.dtype, jnp.floating)]:
+        raise UserError(f"{path} is quantised or no network: {', '.join(odd[:8])} are not of a floating-point type.")
     state = {key: value.astype(np.float32, copy=False) for key, value in state.items()}
     params = arrays.from_torch(state)
+    if broken := [key for key, value in state.items() if not np.isfinite(value).all()]:
+        raise UserError(f"{path} is of a network that has diverged: {', '.join(broken[:8])} are not finite.")
     ours = config.get("duo_jax")
     if ours is None:
         network, tokenizer = infer.network(state, infer.facts(config, Path(path_or_name).name), asked)
     else:
         network, tokenizer = _recorded(folder, ours, ema, asked)
+        _check_recorded(folder, network, params, state)
     return Params(weights=jax.device_put(params, jax.local_devices()[0]), network=network, tokenizer=tokenizer)
 
 
@@ -185,6 +228,38 @@ def _recorded(folder: Path, ours: Any, ema: bool, asked: Mapping[str, Any]) -> t
         raise UserError(f"{folder / _CONFIG} is damaged: {error}; export the network again.") from error
 
 
+def _check_recorded(folder: Path, network: Network, params: Weights, state: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError if the network that a folder of ours describes is not that of its weights."""
+    try:
+        described = jax.eval_shape(network.init, jax.random.key(0))
+    except Exception as error:  # sizes that no run wrote may raise anything
+        raise UserError(f"{folder / _CONFIG} describes no network: {error}; export the network again.") from error
+    shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (described, params)]
+    heads = network.dim // (2 * state[arrays.INVERSE_FREQUENCY].size) if arrays.INVERSE_FREQUENCY in state else 0
+    if shapes[0] != shapes[1] or heads != network.heads or network.algo not in ALGORITHMS:
+        raise UserError(
+            f"{folder}: {_CONFIG} describes another network than {_WEIGHTS} holds; export the network again."
+        )
+
+
+def check_new(folder: str | Path) -> Path:
+    """Returns the absolute path of a folder that is to be made.
+
+    Raises:
+        UserError: something is there already, or it has the name of a file of weights.
+    """
+    try:
+        folder = Path(folder).expanduser().absolute()
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+    if folder.suffix in (*_PICKLED, ".safetensors"):
+        raise UserError(f"{folder} is the name of a file; give a folder, which will hold {_WEIGHTS}, or a file .ckpt.")
+    if taken:
+        raise UserError(f"{folder} exists and is not empty; give a new folder.")
+    return folder
+
+
 def write(
     params: Params, folder: str | Path, save_tokenizer: Callable[[Path], None], *, step: int = 0, ema: bool = True
 ) -> None:
@@ -200,12 +275,10 @@ def write(
     Raises:
         UserError: the folder is not empty, or cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    folder = Path(folder).expanduser().absolute()
-    net = params.network
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; give a new folder.")
+    folder, net = check_new(folder), params.network
     state = arrays.to_torch(jax.device_get(params.weights), heads=net.heads)
     config = {
         "model_type": net.algo,
@@ -230,7 +303,7 @@ def write(
         if folder.exists():
             folder.rmdir()
         aside.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -20,6 +20,8 @@ _ALGORITHMS = {name: name for name in ALGORITHMS} | {
     "duo-distilled": "dcd",
     "d3pm-absorb": "d3pm",
 }
+# Whether the network is told the noise level, where files say so.
+_TOLD_TIME = {"mdlm": False, "duo": True, "duo-distilled": True, "distillation": True, "duo_base": True}
 _SCHEDULES = {"log-linear": "log_linear", "loglinear": "log_linear", "cosine": "cosine"}
 
 
@@ -42,11 +44,21 @@ def facts(config: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     if graph.get("type") == "uniform":
         raise UserError("this is a SEDD with a uniform graph; only absorbing ones can be used here.")
     kind = _first(algo.get("name"), config.get("model_type"), "sedd" if graph.get("type") == "absorb" else None)
-    kind = str(kind).lower()  # the released Duo says DUO
-    if kind == "duo" and "distil" in name:
+    kind = str(kind).lower() if kind is not None else None  # the released Duo says DUO
+    if kind == "duo" and "distil" in name.lower():
         kind = "duo-distilled"
+    if noise.get("type") is not None and str(noise["type"]) not in _SCHEDULES:
+        raise UserError(f"the file's noise schedule is {noise['type']}; only log-linear and cosine can be used here.")
+    if model.get("scale_by_sigma") is False and kind == "sedd":
+        raise UserError("this SEDD does not scale its score by sigma; only those that do can be used here.")
+    told = _first(config.get("time_conditioning"), algo.get("time_conditioning"))
+    if isinstance(told, bool) and kind in _TOLD_TIME and told != _TOLD_TIME[kind]:
+        raise UserError(
+            f"this {kind} is {'' if told else 'not '}told the time, which it is {'not ' if told else ''}here."
+        )
     found = {
         "algo": _ALGORITHMS.get(kind),
+        "unknown_algo": kind if kind not in _ALGORITHMS else None,
         "heads": _first(config.get("n_heads"), model.get("n_heads")),
         "length": _first(config.get("model_length"), model.get("length")),
         "dropout": _first(config.get("dropout"), model.get("dropout")),
@@ -75,20 +87,23 @@ def _tokenizer(vocab_size: int, asked: str | None) -> tuple[str, int]:
         size, mask_id = sizes[asked]
     else:
         try:
-            about = json.loads((Path(asked) / "tokenizer_config.json").read_text(encoding="utf-8"))
+            folder = Path(asked).expanduser()
+            about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             size, mask_id = int(about["vocab_size"]), int(about["mask_id"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"there is no tokenizer {asked!r}; give {', '.join(sizes)}, or the folder `tokenizer` of a workdir."
             ) from error
     if size != vocab_size:
         raise UserError(f"the tokenizer {asked} has {size} ids, but the network {vocab_size}.")
-    return asked, mask_id
+    return asked if asked in sizes else str(folder), mask_id
 
 
 def _heads(state: Mapping[str, Any], dim: int, blocks: int, told: int | None, asked: int | None) -> int:
     """Returns the number of heads: as the rotary buffer shows, as asked, as told, or as a usual size has it."""
     buffer = state.get(INVERSE_FREQUENCY)
+    if buffer is not None and buffer.size and dim % (2 * buffer.size):
+        raise UserError(f"the file's {buffer.size} rotary frequencies fit no head of a network of width {dim}.")
     usual = next((size[2] for size in SIZES.values() if size[:2] == (dim, blocks)), None)
     heads = _first(dim // (2 * buffer.size) if buffer is not None and buffer.size else None, asked, told, usual)
     if heads is None:
@@ -116,8 +131,10 @@ def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[st
     causal = "sigma_map.mlp.0.weight" not in state
     algo = _first(asked.get("algo"), told.get("algo"), "ar" if causal else None)
     if algo is None:
+        unknown = told.get("unknown_algo")
+        which = f"tells of an algorithm {unknown!r}" if unknown else "does not tell its algorithm"
         raise UserError(
-            f"the file does not tell its algorithm; give --algo (in Python: algo=), one of "
+            f"the file {which}; give --algo (in Python: algo=), one of "
             f"{', '.join(name for name in ALGORITHMS if name != 'ar')}."
         )
     if algo not in ALGORITHMS:
@@ -126,7 +143,9 @@ def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[st
         has = "no noise level among its inputs, so it is autoregressive" if causal else "a noise level among its inputs"
         raise UserError(f"the algorithm is said to be {algo}, but the network has {has}; give the right --algo.")
     length = _first(asked.get("length"), told.get("length"))
-    if length is None or length < 1:
+    if length is not None and length < 3:
+        raise UserError(f"a length of {length} tokens cannot be; give the right --length (in Python: length=).")
+    if length is None:
         raise UserError("the file does not tell the network's length in tokens; give --length (in Python: length=).")
     tokenizer, mask_id = _tokenizer(vocab_size, asked.get("tokenizer"))
     more = {key: told[key] for key in ("schedule", "eps") if key in told}

@@ -60,7 +60,8 @@ def write_lightning(params: Params, path: str | Path, *, step: int = 0) -> None:
         with aside.open("wb") as file:
             torch.save(whole, file)
         aside.rename(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except (OSError, RuntimeError) as error:  # PyTorch's own word for a full disk is a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written: {reason}.") from error
     finally:
         aside.unlink(missing_ok=True)

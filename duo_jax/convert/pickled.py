@@ -82,19 +82,30 @@ class Inert:
     append = add = extend
 
 
-def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-    return Tensor(storage, offset, tuple(shape), tuple(strides))
+class _Rebuild:
+    """What PyTorch's functions of these names do. Without attributes: a pickle may set those of what it names."""
+
+    __slots__ = ()
+
+    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+        numbers = (offset, *shape, *strides)
+        if not isinstance(storage, _Storage) or not all(type(n) is int for n in numbers):
+            raise pickle.UnpicklingError("a tensor that is none")
+        return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
+class _RebuildParameter:
+    __slots__ = ()
+
+    def __call__(self, tensor: Any, *_: Any) -> Any:
+        return tensor
 
 
 _KNOWN = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(),
+    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
 }
 
 
@@ -123,7 +134,9 @@ class Archive:
         self._path = path
         try:
             self._zip = zipfile.ZipFile(path)
-            (index,) = (name for name in self._zip.namelist() if name.endswith("/data.pkl"))
+            index = next((name for name in self._zip.namelist() if name.endswith("/data.pkl")), None)
+            if index is None:
+                raise UserError(f"{path} is a zip, but not one that torch.save wrote.")
             self._folder = index.removesuffix("data.pkl")
             order = self._folder + "byteorder"
             if order in self._zip.namelist() and self._zip.read(order) != b"little":
@@ -132,6 +145,8 @@ class Archive:
                 self.root = _Unpickler(file).load()
         except UserError:
             raise
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
         except Exception as error:  # a damaged pickle may raise anything
             if path.is_file() and not zipfile.is_zipfile(path):
                 hint = "load and save it again with PyTorch 1.6 or newer"
@@ -139,6 +154,10 @@ class Archive:
                     f"{path} is no file that torch.save wrote, or an old or damaged one; {hint}."
                 ) from error
             raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._zip.close()
 
     def array(self, tensor: Tensor) -> np.ndarray:
         """Returns a tensor's numbers.

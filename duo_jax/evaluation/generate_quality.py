@@ -17,7 +17,7 @@ import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from duo_jax import cli, progress
 from duo_jax.errors import UserError
@@ -236,17 +236,10 @@ def _list(kind: type) -> Any:
     return read
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags.")
-
-
 def main() -> None:
     """Reads the command line."""
     name = "python -m duo_jax.evaluation.generate_quality"
-    parser = _Parser(prog=name, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = cli.Parser(prog=name, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--models",
         action="append",

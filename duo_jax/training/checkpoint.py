@@ -156,6 +156,13 @@ def record(config: ConfigDict, network: Network) -> dict[str, Any]:
     return {"format": FORMAT, "config": config.to_dict(), "network": dataclasses.asdict(network)}
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's workdir, the folder of its checkpoints, or that of one of them."""
+    path = path.resolve()
+    step = path.parent.name == FOLDER and path.name.isdigit()
+    return step or path.name == FOLDER or (path / FOLDER).is_dir()
+
+
 def _converted(path: Path) -> bool:
     """Whether a path is a folder of converted weights, in which no run keeps its checkpoints."""
     return not (path / FOLDER).is_dir() and convert.is_folder(path)

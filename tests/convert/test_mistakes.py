@@ -1,10 +1,12 @@
 """What cannot be read gets one line that says why and what to do."""
 
+import json
 import zipfile
 
 import numpy as np
 import pytest
 import torch_files
+from safetensors.numpy import save_file
 from torch_files import equal, lightning
 
 import duo_jax
@@ -15,9 +17,11 @@ def broken(state, **changes):
     return {key: value for key, value in (state | changes).items() if value is not None}
 
 
+@pytest.mark.parametrize("layout", ["state dict", "lightning"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"sigma_map.mlp.0.weight": None}, r"missing sigma_map\.mlp\.0\.weight keys, unknown no keys"),
         ({"blocks.1.mlp.0.bias": None}, r"missing blocks\.1\.mlp\.0\.bias keys, unknown no keys"),
         ({"lora.weight": np.ones(2, np.float32)}, r"missing no keys, unknown lora\.weight keys"),
         (
@@ -28,8 +32,9 @@ def broken(state, **changes):
         ({"output_layer.linear.bias": np.ones(5, np.float32)}, r"linear\.bias \[5\] instead of \[300\]"),
     ],
 )
-def test_keys_and_shapes_are_checked(tmp_path, state, asked, changes, message):
-    torch_files.save(broken(state, **changes), tmp_path / "a.pt")
+def test_keys_and_shapes_are_checked(tmp_path, state, asked, changes, message, layout):
+    wrong = broken(state, **changes)
+    torch_files.save(wrong if layout == "state dict" else lightning(wrong), tmp_path / "a.pt")
     with pytest.raises(duo_jax.UserError, match=message):
         duo_jax.load(tmp_path / "a.pt", **asked)
 
@@ -41,6 +46,7 @@ def test_keys_and_shapes_are_checked(tmp_path, state, asked, changes, message):
         ({"algo": "gpt"}, "choose one of"),
         ({"algo": "ar"}, "give the right --algo"),
         ({"length": None}, "give --length"),
+        ({"length": -1}, "a length of -1 tokens cannot be"),
         ({"heads": 4}, "are those of 2 heads"),
         ({"tokenizer": None}, "300 ids, which is no known tokenizer's"),
         ({"tokenizer": "gpt2"}, "has 50258 ids, but the network 300"),
@@ -53,6 +59,21 @@ def test_what_cannot_be_inferred_is_asked_for(tmp_path, state, asked, changes, m
         duo_jax.load(tmp_path / "a.pt", **(asked | changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_layer.linear.bias": np.zeros(300, np.int64)}, r"output_layer\.linear\.bias are not of a floating"),
+        ({"output_layer.linear.bias": np.full(300, np.nan, np.float32)}, r"linear\.bias are not finite"),
+        ({"rotary_emb.inv_freq": np.ones(7, np.float32)}, "7 rotary frequencies fit no head"),
+        ({"model.output_layer.linear.bias": np.zeros(300, np.float32)}, r"holds output_layer\.linear\.bias twice"),
+    ],
+)
+def test_odd_arrays_are_refused(tmp_path, state, asked, changes, message):
+    torch_files.save(state | changes, tmp_path / "a.pt")
+    with pytest.raises(duo_jax.UserError, match=message):
+        duo_jax.load(tmp_path / "a.pt", **asked)
+
+
 def test_heads_without_a_rotary_buffer(tmp_path, state, asked):
     torch_files.save(broken(state, **{"rotary_emb.inv_freq": None}), tmp_path / "a.pt")
     with pytest.raises(duo_jax.UserError, match="give the number of --heads"):
@@ -62,9 +83,26 @@ def test_heads_without_a_rotary_buffer(tmp_path, state, asked):
     assert duo_jax.load(tmp_path / "a.pt", heads=4, **asked).network.heads == 4
 
 
-def test_a_uniform_sedd_is_refused():
-    with pytest.raises(duo_jax.UserError, match="uniform graph"):
-        infer.facts({"graph": {"type": "uniform"}})
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"graph": {"type": "uniform"}}, "uniform graph"),
+        ({"noise": {"type": "geometric"}}, "noise schedule is geometric"),
+        ({"graph": {"type": "absorb"}, "model": {"scale_by_sigma": False}}, "does not scale its score"),
+        ({"model_type": "mdlm", "time_conditioning": True}, "this mdlm is told the time, which it is not here"),
+        ({"algo": {"name": "duo", "time_conditioning": False}}, "this duo is not told the time, which it is here"),
+    ],
+)
+def test_what_is_not_built_here_is_refused(config, message):
+    with pytest.raises(duo_jax.UserError, match=message):
+        infer.facts(config)
+
+
+def test_an_unknown_algorithm_is_named(state, asked):
+    told = infer.facts({"model_type": "udlm", "n_heads": 2, "model_length": 32})
+    with pytest.raises(duo_jax.UserError, match="tells of an algorithm 'udlm'; give --algo"):
+        infer.network(state, told, {"tokenizer": asked["tokenizer"]})
+    assert infer.network(state, told, {"algo": "duo", "tokenizer": asked["tokenizer"]})[0].algo == "duo"
 
 
 def test_damaged_and_missing_files(tmp_path, state, asked, monkeypatch):
@@ -86,6 +124,10 @@ def test_damaged_and_missing_files(tmp_path, state, asked, monkeypatch):
     torch_files.save({"a": 1}, tmp_path / "none.pt")
     with pytest.raises(duo_jax.UserError, match="a are no tensors"):
         duo_jax.load(tmp_path / "none.pt", **asked)
+    with zipfile.ZipFile(tmp_path / "other.ckpt", "w") as file:
+        file.writestr("x", "y")
+    with pytest.raises(duo_jax.UserError, match=r"a zip, but not one that torch\.save wrote"):
+        duo_jax.load(tmp_path / "other.ckpt", **asked)
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(duo_jax.UserError, match="no known kind"):
         duo_jax.load(tmp_path / "a.txt")
@@ -99,6 +141,50 @@ def test_a_tensor_that_reaches_beyond_its_numbers_is_refused(tmp_path, state, as
             new.writestr(name, data[:-4] if name == "archive/data/0" else data)
     with pytest.raises(duo_jax.UserError, match="reaches beyond its numbers"):
         duo_jax.load(tmp_path / "b.pt", **asked)
+
+
+def test_a_slip_of_the_pen_is_not_looked_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/quickstar", "zoo/duo.ckpt", "x" * 300):
+        with pytest.raises(duo_jax.UserError, match=r"does not exist|cannot be read: File name too long"):
+            duo_jax.load(name)
+
+
+def test_folders_that_hold_no_network(tmp_path, state, asked):
+    with pytest.raises(duo_jax.UserError, match="holds no checkpoint of a run, and none of"):
+        duo_jax.load(tmp_path, **asked)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(duo_jax.UserError, match="split over several files"):
+        duo_jax.load(tmp_path, **asked)
+    # Without a config it may still be told what it lacks.
+    save_file(dict(state), tmp_path / "model.safetensors")
+    with pytest.raises(duo_jax.UserError, match="give --algo"):
+        duo_jax.load(tmp_path)
+    assert duo_jax.load(tmp_path, **asked).network.algo == "duo_base"
+
+
+@pytest.mark.parametrize("change", [{"blocks": 1}, {"dim": 64}, {"heads": 4}, {"algo": "gpt"}, {"dim": "x"}])
+def test_a_config_of_another_network_is_refused(tmp_path, params, change):
+    duo_jax.export(params, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    about = json.loads(path.read_text())
+    about["duo_jax"]["network"] |= change
+    path.write_text(json.dumps(about))
+    with pytest.raises(duo_jax.UserError, match=r"describes (another|no) network"):
+        duo_jax.load(tmp_path / "out")
+
+
+def test_a_pickle_changes_nothing_of_its_readers(tmp_path, state):
+    """GLOBAL of a function that is known here, and BUILD to set its defaults."""
+    root = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__(K\x09tstb."
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
+        file.writestr("archive/data.pkl", root)
+    with pytest.raises(duo_jax.UserError, match="cannot be read"):
+        duo_jax.load(tmp_path / "a.pt")
+    torch_files.save(state, tmp_path / "b.pt")
+    with pytest.raises(duo_jax.UserError, match="give --algo"):
+        duo_jax.load(tmp_path / "b.pt")
 
 
 def test_a_hub_id_is_fetched_or_refused_in_one_line(tmp_path, params, monkeypatch):

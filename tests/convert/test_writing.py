@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch_files
 from helpers import command, make_config, run, tiny_settings
+from safetensors import SafetensorError
 from torch_files import equal, lightning
 
 import duo_jax
@@ -34,6 +35,22 @@ def test_export_reads_back_bit_for_bit(tmp_path, params, trained):
         duo_jax.load(tmp_path / "out", algo="duo")
     with pytest.raises(duo_jax.UserError, match="averaged weights only"):
         duo_jax.load(tmp_path / "out", ema=False)
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, params, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(duo_jax.UserError, match=r"cannot be written: .*No space left"):
+        duo_jax.export(params, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_name_of_a_file_is_no_folder(tmp_path, params):
+    for name in ("a.pt", "a.safetensors"):
+        with pytest.raises(duo_jax.UserError, match="is the name of a file; give a folder"):
+            duo_jax.export(params, tmp_path / name)
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, params):
