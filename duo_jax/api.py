@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import numbers
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from duo_jax import convert, sampling
 from duo_jax import progress as progress_lib
@@ -22,6 +25,8 @@ from duo_jax.training import checkpoint
 
 # Rows that one call of the network scores at once; a bounded number, whatever the length of the text.
 _SCORE_ROWS = 32
+# Texts that one call of the sampler writes at once on a device, unless said otherwise.
+_ROWS_A_DEVICE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +141,12 @@ def sample(
     rows_at_once: int | None = None,
     trajectory: bool = False,
     progress: bool = False,
+    mesh: Mesh | None = None,
+    each: Callable[[Samples], None] | None = None,
 ) -> Samples:
     """Returns texts sampled from a network; docs/sampling.md tells what each option does to quality and diversity.
 
-    No other seed, prompt, temperature or `top_p` compiles anew.
+    No other seed, prompt, temperature, guidance or `top_p` below 1 compiles anew; `top_p` = 1 is a program of its own.
 
     Args:
         params: what `load` returned.
@@ -162,20 +169,36 @@ def sample(
         negative_prompt: lead away from what it says with this prompt instead.
         early_stop: a uniform-state text is taken as finished when so many steps in a row have not changed it; 0: never.
         stride: new tokens a window, for texts longer than the network's length; half of that length if None.
-        rows_at_once: texts sampled together; all if None. Bounds the memory.
+        rows_at_once: texts sampled together, which bounds the memory; at most 64 a device if None.
         trajectory: whether to keep the tokens of every step.
         progress: whether to show a progress bar.
+        mesh: whose devices share the texts, for several hosts; this process's devices if None.
+        each: given every batch as it comes.
 
     Raises:
         UserError: a setting that cannot be, or a prompt that does not fit or that the tokenizer cannot encode.
     """
     network = params.network
     length = network.length if length is None else length
-    if batch_size < 1 or length < 1:
-        raise UserError(f"batch_size is {batch_size} and length {length}; both must be at least 1.")
-    if rows_at_once is not None and rows_at_once < 1:
+    rows_at_once = _ROWS_A_DEVICE * jax.local_device_count() if rows_at_once is None else rows_at_once
+    n_steps, batch_size, rows_at_once, early_stop, seed = (
+        _whole(name, value)
+        for name, value in (("n_steps", n_steps), ("batch_size", batch_size), ("rows_at_once", rows_at_once),
+                            ("early_stop", early_stop), ("seed", seed))
+    )  # fmt: skip
+    length, stride = _whole("length", length), None if stride is None else _whole("stride", stride)
+    least = 2 if network.algo == "ar" else 1  # its first token is given
+    if batch_size < 1 or length < least:
+        raise UserError(f"batch_size is {batch_size} and length {length}; they must be at least 1 and {least}.")
+    if rows_at_once < 1:
         raise UserError(f"rows_at_once is {rows_at_once}; it must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be from 0 to 2^32 - 1.")
+    for name, value in (("top_p", top_p), ("temperature", temperature), ("guidance", guidance)):
+        if not isinstance(value, numbers.Real):
+            raise UserError(f"{name} is {value!r}; it must be a number.")
     sampling.check_temperature(temperature)
+    sampling.check_guidance(guidance)
     if guidance == 1.0 and negative_prompt is not None:
         raise UserError("negative_prompt was given, but guidance is 1, which does not use it; give a guidance above 1.")
     if guidance != 1.0 and prompt is None and infill is None:
@@ -194,11 +217,30 @@ def sample(
     tokenizer = tokenizer_of(params.tokenizer)
     shape = (batch_size, length)
     known = sampling.prompts.known(tokenizer, shape, prompt=prompt, infill=infill)
-    if network.algo == "ar" and not known[1].any():
-        known = sampling.prompts.known(tokenizer, shape, prompt="")
+    tokens, held = known
+    if network.algo == "ar":  # a text of which nothing is held begins with BOS
+        free = ~held.any(axis=1)
+        tokens[free, 0], held[free, 0] = tokenizer.bos_id, True
     unconditional = None
     if settings.guided:
         unconditional = sampling.prompts.known(tokenizer, shape, prompt=negative_prompt or "")
+        if negative_prompt is None:  # outside what the texts hold the two must be alike
+            unconditional = unconditional[0], unconditional[1] & held
+
+    def samples(texts: sampling.texts.Texts) -> Samples:
+        return Samples(
+            tokens=texts.tokens,
+            text=[tokenizer.decode(row) for row in texts.tokens],
+            entropy=sampling.unigram_entropy(texts.tokens),
+            network_calls=texts.network_calls,
+            trajectory=texts.trajectory,
+        )
+
+    def done(texts: sampling.texts.Texts) -> None:
+        if each is not None:
+            each(samples(texts))
+        bar.update(len(texts.tokens))
+
     with progress_lib.bar(total=batch_size, desc="sampling", unit=" texts", disable=not progress) as bar:
         texts = sampling.texts.sample(
             params.weights,
@@ -206,20 +248,24 @@ def sample(
             settings,
             jax.random.key(seed),
             known,
-            knobs=sampling.Knobs(top_p, temperature, guidance),
+            # One type, whatever was given: 1 and 1.0 would be two programs.
+            knobs=sampling.Knobs(*(np.float32(value) for value in (top_p, temperature, guidance))),
             bos_id=tokenizer.bos_id,
             unconditional=unconditional,
             stride=stride,
             rows_at_once=rows_at_once,
-            done=bar.update,
+            mesh=mesh,
+            done=done,
         )
-    return Samples(
-        tokens=texts.tokens,
-        text=[tokenizer.decode(row) for row in texts.tokens],
-        entropy=sampling.unigram_entropy(texts.tokens),
-        network_calls=texts.network_calls,
-        trajectory=texts.trajectory,
-    )
+    return samples(texts)
+
+
+def _whole(name: str, value: Any) -> int:
+    """Returns a value as the int that it is, or raises UserError."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise UserError(f"{name} is {value!r}; it must be a whole number.") from error
 
 
 def _rows(tokens: list[int], tokenizer: tokenizers.Tokenizer, length: int) -> list[list[int]]:

@@ -144,6 +144,8 @@ def default() -> ConfigDict:
     config.sample.top_p = 1.0  # nucleus: keep the smallest set of tokens with this much probability
     config.sample.temperature = 1.0  # below 1 makes probable tokens more so
     config.sample.prompt = ""  # how the texts begin
+    config.sample.negative_prompt = ""  # of mode = sample: what guidance leads away from instead of no prompt
+    config.sample.trajectory = False  # of mode = sample: write the tokens after every step, too
     config.sample.infill = ""  # a text with gaps, ___, to be filled
     config.sample.guidance = 1.0  # of mode = sample: lead away from what is said without the prompt; 1: not at all
     config.sample.early_stop = 0  # steps without a change after which a uniform-state text is finished; 0: never
@@ -254,6 +256,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "config.sample.prompt and config.sample.infill are both given; write the prompt into infill, followed by ___."
         )
+    if config.sample.sampler != "psi":
+        usual = flatten(default().sample.psi)
+        if idle := [key for key, value in flatten(config.sample.psi).items() if value != usual[key]]:
+            raise UserError(
+                f"config.sample.psi.{idle[0]} is set, but config.sample.sampler is {config.sample.sampler!r}; choose psi."
+            )
     if config.algo.curriculum.end < config.algo.curriculum.start:
         raise UserError("config.algo.curriculum.end lies before config.algo.curriculum.start; give steps in order.")
     if config.mode == "train" and config.algo.name == "dcd" and not config.init_from:

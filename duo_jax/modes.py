@@ -18,7 +18,17 @@ from duo_jax.training import checkpoint, loop, partition
 from duo_jax.training import run as run_lib
 
 # What `config.sample` hands on under the same name, and how many texts are printed.
-_SAMPLE = ("n_steps", "seed", "sampler", "noise_removal", "top_p", "temperature", "guidance", "early_stop")
+_SAMPLE = (
+    "n_steps",
+    "seed",
+    "sampler",
+    "noise_removal",
+    "top_p",
+    "temperature",
+    "guidance",
+    "early_stop",
+    "trajectory",
+)
 _SHOWN = 4
 
 # What may differ between a checkpoint and the config it is used with: how it is computed, not what it is.
@@ -81,21 +91,39 @@ def sample(config: ConfigDict, workdir: str) -> None:
     chosen = config.sample
     psi = sampling.Psi.from_config(chosen)
     settings = {name: chosen[name] for name in _SAMPLE} | {
-        "length": chosen.length or params.network.length,
+        "length": params.network.length if chosen.length is None else chosen.length,
         "prompt": chosen.prompt or None,
+        "negative_prompt": chosen.negative_prompt or None,
         "infill": chosen.infill or None,
         "stride": chosen.stride or None,
         "rows_at_once": chosen.batch_size,
     }
-    result = api.sample(params, batch_size=chosen.num or chosen.batch_size, psi=psi, progress=True, **settings)
+    mesh = None
+    if jax.process_count() > 1:
+        mesh = partition.create_mesh(config.mesh)
+        params = params.replace(weights=partition.replicate(params.weights, mesh))
+    path = Path(workdir) / "samples.jsonl"
+    about = settings | {"psi": psi and dataclasses.asdict(psi)}
+    begun = False
+
+    def write(batch: api.Samples) -> None:
+        """Adds a batch to the file, so that a killed job has written what it had."""
+        nonlocal begun
+        if jax.process_index():
+            return
+        with path.open("a" if begun else "w", encoding="utf-8") as file:
+            for i, (text, entropy) in enumerate(zip(batch.text, batch.entropy, strict=True)):
+                row = {"text": text, "entropy": float(entropy), "network_calls": batch.network_calls, **about}
+                row["tokens"] = batch.tokens[i].tolist()
+                if batch.trajectory is not None:
+                    row["trajectory"] = batch.trajectory[:, i].tolist()
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        begun = True
+
+    number = chosen.num or chosen.batch_size
+    result = api.sample(params, batch_size=number, psi=psi, progress=True, mesh=mesh, each=write, **settings)
     if jax.process_index():
         return
-    path = Path(workdir) / "samples.jsonl"
-    settings["psi"] = psi and dataclasses.asdict(psi)
-    with path.open("w", encoding="utf-8") as file:
-        for tokens, text, entropy in zip(result.tokens, result.text, result.entropy, strict=True):
-            row = {"text": text, "entropy": float(entropy), "network_calls": result.network_calls, **settings}
-            file.write(json.dumps(row | {"tokens": tokens.tolist()}, ensure_ascii=False) + "\n")
     for i, (text, entropy) in enumerate(zip(result.text[:_SHOWN], result.entropy, strict=False)):
         progress.say(f"--- {i + 1} (unigram entropy {entropy:.2f} nats) ---\n{text}\n")
     shown = f" (the first {_SHOWN} above)" if len(result.text) > _SHOWN else ""

@@ -60,6 +60,7 @@ def test_a_recipe_traces(path):
     ("settings", "message"),
     [
         ({"mode": "trian"}, "config.mode is 'trian'; choose one of train"),
+        ({"sample.psi.low": "pure-pc"}, "config.sample.psi.low is set, but config.sample.sampler is 'ancestral'"),
         ({"train.steps": 0}, "config.train.steps is 0; it must be at least 1"),
         ({"sample.top_p": 0.0}, "config.sample.top_p"),
         ({"model.dropout": 1.0}, "config.model.dropout"),

@@ -3,9 +3,18 @@
 from duo_jax.sampling import prompts, texts
 from duo_jax.sampling.engine import Given, Knobs, Walk, as_psi, denoiser, generate, run, sample_tokens, walk
 from duo_jax.sampling.results import unigram_entropy
-from duo_jax.sampling.settings import NOISE_REMOVALS, SAMPLERS, Psi, Settings, check_temperature, uses_nucleus
+from duo_jax.sampling.settings import (
+    NOISE_REMOVALS,
+    SAMPLERS,
+    Psi,
+    Settings,
+    check_guidance,
+    check_temperature,
+    uses_nucleus,
+)
 
 __all__ = [
-    "NOISE_REMOVALS", "SAMPLERS", "Given", "Knobs", "Psi", "Settings", "Walk", "as_psi", "check_temperature", "denoiser",
-    "generate", "prompts", "run", "sample_tokens", "texts", "unigram_entropy", "uses_nucleus", "walk",
+    "NOISE_REMOVALS", "SAMPLERS", "Given", "Knobs", "Psi", "Settings", "Walk", "as_psi", "check_guidance",
+    "check_temperature", "denoiser", "generate", "prompts", "run", "sample_tokens", "texts", "unigram_entropy",
+    "uses_nucleus", "walk",
 ]  # fmt: skip

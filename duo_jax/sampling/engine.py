@@ -25,7 +25,7 @@ from duo_jax.errors import UserError
 from duo_jax.models import head
 from duo_jax.models.network import Network
 from duo_jax.sampling import autoregressive
-from duo_jax.sampling.settings import Psi, Settings, check_temperature, uses_nucleus
+from duo_jax.sampling.settings import Psi, Settings, check_guidance, check_temperature, uses_nucleus
 
 Denoise = Callable[..., Any]
 
@@ -129,21 +129,32 @@ def _shape(logits: jax.Array, settings: Settings, knobs: Knobs) -> jax.Array:
 
 def _draw(keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings) -> jax.Array:
     """Draws z_s `[...]` by the settings' step from z_t `[...]` and shaped logits `[..., K]`."""
-    if settings.process == "uniform":
-        z_s = uniform.mixture_step(keys, logits, z_t, step.alpha_s, step.alpha_t, step.kappa)
-        hidden = True
-    else:
-        mask = settings.mask_id
-        z_s = absorbing.mixture_step(keys, logits, z_t, step.alpha_s, step.alpha_t, mask, step.kappa)
-        if settings.sampler == "analytic":
-            # The removal reveals whatever is left; a score that is too small for it would leave masks.
-            dsigma = jnp.log(step.alpha_s) - jnp.log(step.alpha_t)
-            z_s = jnp.where(step.last, z_s, absorbing.sedd_step(keys, logits, z_t, dsigma, mask))
+    mask = settings.mask_id
+
+    def posterior() -> jax.Array:
+        if settings.process == "uniform":
+            return uniform.mixture_step(keys, logits, z_t, step.alpha_s, step.alpha_t, step.kappa)
+        mixture = functools.partial(absorbing.mixture_step, keys, logits, z_t, step.alpha_s, step.alpha_t, mask)
+        if settings.sampler != "analytic":
+            return mixture(step.kappa)
+        # The removal reveals whatever is left; a score that is too small for it would leave masks.
+        dsigma = jnp.log(step.alpha_s) - jnp.log(step.alpha_t)
+        return jax.lax.cond(
+            step.last,
+            lambda: mixture(step.kappa).astype(z_t.dtype),
+            lambda: absorbing.sedd_step(keys, logits, z_t, dsigma, mask).astype(z_t.dtype),
+        )
+
+    hidden = True
+    if settings.process == "absorbing":
         hidden = z_t == mask
     if settings.noise_removal == "greedy":
-        top = jnp.argmax(logits, axis=-1).astype(z_s.dtype)
-        z_s = jnp.where(step.last & hidden, top, z_s)
-    return z_s
+        return jax.lax.cond(
+            step.last,
+            lambda: jnp.where(hidden, jnp.argmax(logits, axis=-1).astype(z_t.dtype), z_t),
+            lambda: posterior().astype(z_t.dtype),
+        )
+    return posterior()
 
 
 def _log_table(logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings) -> jax.Array:
@@ -379,6 +390,7 @@ def walk(
     if process == "autoregressive":
         raise UserError("an autoregressive process has no denoiser; sample its network with duo_jax.sample.")
     check_temperature(temperature)
+    check_guidance(guidance)
     settings = Settings(
         n_steps=n_steps,
         sampler=sampler,
@@ -442,4 +454,6 @@ def as_psi(psi: Psi | str | None, sampler: str) -> Psi:
         return Psi()
     if sampler != "psi":
         raise UserError(f"psi was given, but the sampler is {sampler!r}; choose the sampler 'psi', or leave psi out.")
+    if not isinstance(psi, str | Psi):
+        raise UserError(f"psi is {psi!r}; give one kappa mode, such as 'constant-0.9', or a duo_jax.sampling.Psi.")
     return Psi.throughout(psi) if isinstance(psi, str) else psi

@@ -82,7 +82,14 @@ def arrays(tokens: Any, mask: Any, length: int) -> Known:
     Raises:
         UserError: they are of different shapes or do not fit.
     """
-    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    try:
+        tokens, mask = np.asarray(tokens), np.asarray(mask)
+    except ValueError as error:
+        raise UserError(
+            "infill's rows of tokens or of its mask differ in length; fill them up to one length."
+        ) from error
+    if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
+        raise UserError("infill's mask holds other values than true and false, 1 and 0.")
     if tokens.shape != mask.shape or tokens.ndim not in (1, 2) or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(
             f"infill's tokens are {tokens.dtype} {tokens.shape} and its mask {mask.shape}; give whole numbers [L] or [B, L] "
@@ -90,7 +97,10 @@ def arrays(tokens: Any, mask: Any, length: int) -> Known:
         )
     _check_room(tokens.shape[-1], length, "infill's tokens")
     room = [(0, 0)] * (tokens.ndim - 1) + [(0, length - tokens.shape[-1])]
-    return np.pad(tokens.astype(np.int32), room), np.pad(mask.astype(bool), room)
+    # An id beyond int32 is beyond every vocabulary, and must not become another one on the way.
+    largest = np.iinfo(np.int32).max
+    tokens = np.clip(tokens, -largest, largest).astype(np.int32)
+    return np.pad(tokens, room), np.pad(mask.astype(bool), room)
 
 
 def known(
@@ -112,6 +122,11 @@ def known(
         UserError: both are given, their number is not B, or one does not fit or cannot be encoded.
     """
     rows, length = shape
+    for name, given in (("prompt", prompt), ("infill", infill)):
+        if given is not None and not isinstance(given, str | list | tuple):
+            raise UserError(f"{name} is {given!r}; give text, or a list of texts.")
+    if prompt is not None and not isinstance(prompt, str) and not all(isinstance(text, str) for text in prompt):
+        raise UserError("a prompt is not text; token ids are given as infill=(tokens, mask).")
     if prompt is not None and infill is not None:
         raise UserError("prompt and infill were both given; write the prompt into infill, followed by ___.")
     if prompt is None and infill is None:

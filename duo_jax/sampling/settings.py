@@ -125,7 +125,7 @@ class Psi:
         return high, middle, points - high - middle
 
     def times(self, n_steps: int, schedule: schedules.Schedule) -> np.ndarray:
-        """Returns the grid `[n + 1]` from 1 down to 1e-5."""
+        """Returns the grid `[n + 1]` from 1 down to 1e-5; to the constant level, if only one time is left after it."""
         if (level := self._level()) is None:
             return np.linspace(1.0, LAST_T, n_steps + 1)
         value, inverse = level
@@ -241,8 +241,10 @@ class Settings:
             ):
                 if given != usual:
                     raise UserError(f"{name} is for diffusion networks; an autoregressive one draws each token once.")
-        if self.guided and self.sampler == "analytic":
-            raise UserError("guidance mixes posteriors; with a SEDD network choose the sampler ancestral or psi.")
+        if self.guided and self.sampler in ("analytic", "ancestral_cache"):
+            raise UserError(
+                f"guidance mixes posteriors, which the sampler {self.sampler} does not draw from; choose ancestral or psi."
+            )
         self.psi.times(self.n_steps, self.schedule)
 
     @classmethod
@@ -262,6 +264,10 @@ class Settings:
             UserError: a setting that cannot be.
         """
         process = _PROCESS_OF.get(network.algo, "uniform")
+        if process == "autoregressive":
+            # Checked as they are, and then made one: they change nothing, and would be different programs.
+            cls(n_steps, sampler, noise_removal, process=process)
+            n_steps, sampler = 1, "autoregressive"
         # D3PM's chain has alpha = 1 - t.
         schedule = (
             schedules.log_linear(0.0) if network.algo == "d3pm" else schedules.by_name(network.schedule, network.eps)
@@ -295,6 +301,12 @@ def uses_nucleus(top_p: jax.typing.ArrayLike) -> bool:
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}; it must be in (0, 1], where 1 keeps every token.")
     return bool(top_p < 1)
+
+
+def check_guidance(guidance: jax.typing.ArrayLike) -> None:
+    """Raises UserError unless a guidance weight is a finite number."""
+    if not isinstance(guidance, jax.core.Tracer) and not np.isfinite(guidance):
+        raise UserError(f"guidance is {guidance}; it must be a finite number, where 1 is none.")
 
 
 def check_temperature(temperature: jax.typing.ArrayLike) -> None:

@@ -59,7 +59,7 @@ def sample(
     stride: int | None = None,
     rows_at_once: int | None = None,
     mesh: Mesh | None = None,
-    done: Callable[[int], None] = lambda rows: None,
+    done: Callable[[Texts], None] = lambda texts: None,
 ) -> Texts:
     """Returns texts of the shape of `known`, all batches and strides by one compiled program.
 
@@ -79,7 +79,7 @@ def sample(
         stride: new tokens a window.
         rows_at_once: rows of a batch.
         mesh: whose devices share the rows; this process's devices if None.
-        done: told the number of rows after each batch.
+        done: given each batch as it comes.
 
     Raises:
         UserError: held tokens that cannot be, or a stride that does not fit.
@@ -131,7 +131,7 @@ def sample(
         n = len(part[0])
         trajectory = None if walk.trajectory is None else walk.trajectory[:, :n]
         blocks.append(Texts(np.asarray(walk.tokens)[:n], int(walk.network_calls), trajectory))
-        done(n)
+        done(blocks[-1])
     return Texts(
         np.concatenate([block.tokens for block in blocks]),
         max(block.network_calls for block in blocks),

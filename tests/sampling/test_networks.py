@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -147,9 +148,84 @@ def test_neither_prompt_nor_seed_nor_temperature_compiles_anew(params):
     sample(prompt="A town", seed=3, temperature=0.7)
     sample(infill="The ___ end")
     sample(prompt=["One", "Another one"])
+    sample(temperature=2)
+    sample(temperature=np.float32(0.5))
     assert sampling.sample_tokens._cache_size() == before
     sample(sampler="psi")
     assert sampling.sample_tokens._cache_size() == before + 1
+
+
+def test_what_an_autoregressive_network_does_not_use_compiles_nothing(params):
+    first = duo_jax.sample(of(params, "ar"), n_steps=2, length=20)
+    before = sampling.sample_tokens._cache_size()
+    again = duo_jax.sample(of(params, "ar"), n_steps=8, length=20, sampler="autoregressive")
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert sampling.sample_tokens._cache_size() == before
+
+
+def test_an_autoregressive_row_of_which_nothing_is_held_begins_with_bos(params):
+    given = [[5, 6, 0], [77, 8, 9]], [[1, 1, 0], [0, 0, 0]]
+    tokens = duo_jax.sample(of(params, "ar"), infill=given, batch_size=2, length=20).tokens
+    assert tokens[0, :2].tolist() == [5, 6]
+    assert tokens[1, 0] == duo_jax.sample(of(params, "ar"), length=20).tokens[0, 0]
+
+
+def test_guidance_does_not_lead_away_from_what_neither_text_holds(params):
+    """Only one place in the middle is held: the unconditional text holds no BOS either, and the two are one where g = 1."""
+    given = np.zeros(20, int), np.arange(20) == 9
+    seen = []
+    draw = sampling.engine.sample_tokens
+
+    def spy(weights, key, given, knobs, free, **kwargs):
+        seen.append((np.asarray(given.held), np.asarray(free.held)))
+        return draw(weights, key, given, knobs, free, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling.engine, "sample_tokens", spy)
+        duo_jax.sample(params, n_steps=2, infill=given, guidance=2.0, length=20)
+        duo_jax.sample(params, n_steps=2, prompt="The", guidance=2, length=20)
+    (held, free), (prompted, bos) = seen
+    assert held[0].tolist() == given[1].tolist()
+    assert not free.any()
+    assert prompted[0, 0]
+    assert bos[0].tolist() == [True] + 19 * [False]
+
+
+def test_batches_come_as_they_are_finished(params):
+    batches = []
+    result = duo_jax.sample(params, n_steps=2, length=20, batch_size=5, rows_at_once=2, each=batches.append)
+    assert [len(batch.text) for batch in batches] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate([batch.tokens for batch in batches]), result.tokens)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"n_steps": 2.0}, "n_steps is 2.0; it must be a whole number"),
+        ({"length": 24.0}, "length is 24.0"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"seed": 2**40}, "from 0 to"),
+        ({"top_p": "x"}, "top_p is 'x'; it must be a number"),
+        ({"temperature": None}, "temperature is None"),
+        ({"guidance": float("nan"), "prompt": "The"}, "guidance is nan; it must be a finite number"),
+        ({"prompt": 5}, "prompt is 5; give text"),
+        ({"prompt": [5]}, "a prompt is not text"),
+        ({"infill": 5}, "infill is 5; give text"),
+        ({"infill": ([[1], [1, 2]], [[1], [1, 1]])}, "differ in length"),
+        ({"infill": ([1, 2], [1.0, 0.5])}, "other values than true and false"),
+        ({"infill": ([2**33 + 5, 0], [True, False])}, "held token ids must lie in"),
+        ({"sampler": "psi", "psi": 5}, "psi is 5; give one kappa mode"),
+    ],
+)
+def test_wrong_kinds_of_values_are_told(params, kwargs, message):
+    with pytest.raises(duo_jax.UserError, match=re.escape(message)):
+        duo_jax.sample(params, **kwargs)
+
+
+def test_an_autoregressive_text_has_two_tokens_at_least(params):
+    with pytest.raises(duo_jax.UserError, match="at least 1 and 2"):
+        duo_jax.sample(of(params, "ar"), length=1)
 
 
 def test_a_trajectory(params):
@@ -206,7 +282,7 @@ def test_batches_are_split_and_joined(params):
         params.weights, params.network, settings, jax.random.key(0), known, knobs=sampling.Knobs(), bos_id=0, rows_at_once=2,
         done=done.append,
     )  # fmt: skip
-    assert done == [2, 2, 1]
+    assert [len(batch.tokens) for batch in done] == [2, 2, 1]
     assert texts.tokens.shape == (5, 20)
 
 
