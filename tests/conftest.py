@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).resolve().parents[1]
+GOLDENS = ROOT.parent / "shared" / "goldens"
 
-GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests, and the commands that they start, compile the same programs: most of the time that the tests take.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 @pytest.fixture(scope="session")
