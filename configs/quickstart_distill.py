@@ -4,7 +4,8 @@
     python -m duo_jax.main --config=configs/quickstart_distill.py --config.init_from=runs/few_step/base \
         --workdir=runs/few_step/distilled
 
-Hardware: two CPU cores, twenty minutes. What came out: docs/few_step.md.
+Hardware: two CPU cores, twenty minutes. Score to expect, with SmolLM2-135M as the judge and a greedy tail: perplexity
+1,071 in 4 steps, where the network that it starts from has 1,946 in 4 and 1,409 in 64 (docs/few_step.md).
 """
 
 from ml_collections import ConfigDict
