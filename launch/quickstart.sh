@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to text: installs, prepares the data, trains, evaluates and samples. Run again, it goes on where it
 # stopped. Settings may follow: bash launch/quickstart.sh --config.train.steps=4000
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "" # no extra; without an argument it would see this script's
 
 # A stopped training saves and exits in good order; what comes after it is not wanted then.
 trap 'exit 130' INT TERM
