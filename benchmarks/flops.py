@@ -13,12 +13,21 @@ from duo_jax.models.network import Network
 
 def forward(network: Network, length: int) -> float:
     """Returns the FLOPs of one row of `length` tokens through the network and its vocabulary head."""
+    return _blocks(network, length) + length * _head(network)
+
+
+def _head(network: Network) -> float:
+    """One token's logits."""
+    return 2 * network.dim * network.vocab_size
+
+
+def _blocks(network: Network, length: int) -> float:
+    """One row, up to what the head reads."""
     dim, causal = network.dim, network.algo == "ar"
     dense = 2 * (3 * dim * dim + dim * dim + 2 * 4 * dim * dim)  # qkv, output, the MLP's two layers
     keys = (length + 1) / 2 if causal else length  # that a token attends to, on average
     attention = 2 * 2 * keys * dim  # scores, and the sum of values
-    head = 2 * dim * network.vocab_size
-    return length * (network.blocks * (dense + attention) + head) + (0 if causal else _conditioning(network))
+    return length * network.blocks * (dense + attention) + (0 if causal else _conditioning(network))
 
 
 def _conditioning(network: Network) -> float:
@@ -46,11 +55,18 @@ def train_row(network: Network, length: int, *, relaxed: bool = False) -> float:
     return passes * once + mixture
 
 
-def sample_row(network: Network, length: int, calls: int) -> float:
-    """Returns the FLOPs of one sampled text, by `calls` evaluations of the network.
+def sample(network: Network, rows: int, length: int, calls: int, predictions: int) -> float:
+    """Returns the FLOPs of a batch of sampled texts.
 
     An autoregressive network keeps the keys and values of the past: all of its calls together are one forward pass.
+
+    Args:
+        network: the sizes.
+        rows: texts.
+        length: tokens in each.
+        calls: evaluations of the network for all rows.
+        predictions: for how many tokens of all rows and calls the head was read.
     """
     if network.algo == "ar":
-        return forward(network, length - 1)
-    return calls * forward(network, length)
+        calls, length = 1, length - 1
+    return rows * calls * _blocks(network, length) + predictions * _head(network)

@@ -183,7 +183,7 @@ def sampler(config: ConfigDict, vocab_size: int) -> Sampling:
         None,
         network=network,
         settings=settings,
-        shards=mesh.size,
+        mesh=mesh,
     )
     return Sampling(network, settings, rows, lowered)
 

@@ -31,7 +31,8 @@ from duo_jax.sampling.settings import SAMPLERS, Settings
 
 COLUMNS = {
     "case": "case", "n_steps": "steps", "noise_removal": "removal", "top_p": "top_p", "batch": "B", "length": "L",
-    "vocab": "K", "dtype": "dtype", "calls": "calls", "seconds_per_text": "s/text", "median_ms": "batch ms",
+    "vocab": "K", "dtype": "dtype", "calls": "calls",
+    "predictions_percent": "asked %", "seconds_per_text": "s/text", "median_ms": "batch ms",
     "call_ms": "call ms", "tokens_per_s": "tokens/s", "mfu_percent": "MFU %", "peak_gflops": "matmul GFLOP/s",
     "rss_baseline_mib": "base RSS MiB", "rss_mib": "RSS MiB", "device_peak_mib": "device MiB",
     "temporary_mib": "temp MiB", "total_mib": "program MiB", "compile_s": "compile s", "error": "error",
@@ -122,12 +123,13 @@ def measure_case(config: ConfigDict, vocab_size: int, repeats: int) -> dict[str,
         sampler, compile_s = measure.compiled(plan.lowered)
         row |= {"compile_s": compile_s, **measure.memory_columns(sampler)}
         walk = sampler(*args)
-        calls = int(walk.network_calls)
+        calls, predictions = int(walk.network_calls), int(walk.predictions)
         row |= {
             "rss_baseline_mib": measure.mib(baseline),
             "rss_mib": measure.mib(measure.rss()),
             "device_peak_mib": measure.mib(measure.device_peak()),
             "calls": calls,
+            "predictions_percent": 100 * predictions / (calls * rows * length),
         }
         before = measure.matmul_peak(network.dtype)
         taken = measure.seconds(lambda: sampler(*args), repeats)
@@ -136,7 +138,7 @@ def measure_case(config: ConfigDict, vocab_size: int, repeats: int) -> dict[str,
         if not measure.out_of_memory(error):
             raise
         return row | {"error": "out of memory"}
-    work = rows * flops.sample_row(network, length, calls)
+    work = flops.sample(network, rows, length, calls, predictions)
     speed = measure.speed_columns(taken, rows * length, work, (before, after), plan.devices)
     per_call = {"call_ms": speed["median_ms"] / calls, "seconds_per_text": speed["median_ms"] / 1e3 / rows}
     return row | speed | per_call | {"times_s": taken}

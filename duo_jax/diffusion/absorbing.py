@@ -44,6 +44,33 @@ def _reveal_rate(alpha_s: jax.Array, alpha_t: jax.Array) -> jax.Array:
     return (alpha_s - alpha_t) / jnp.maximum(1.0 - alpha_t, _MIN_NOISE)
 
 
+def ask(
+    keys: jax.Array,
+    z_t: jax.Array,
+    alpha_s: jax.typing.ArrayLike,
+    alpha_t: jax.typing.ArrayLike,
+    mask_id: int,
+    kappa: jax.typing.ArrayLike = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Which tokens a `mixture_step` reveals, bool `[...]`, and what the others become, int32 `[...]`.
+
+    When a token is revealed does not depend on what it is, so a sampler needs predictions for these alone. The arguments
+    are those of `mixture_step`.
+    """
+    alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
+    reveal = kappa * _reveal_rate(alpha_s, alpha_t) + (1.0 - kappa) * alpha_s
+    hide = (1.0 - kappa) * (1.0 - alpha_s)
+    u = map_keys(lambda key: jax.random.uniform(jax.random.split(key)[0]), keys)
+    masked = z_t == mask_id
+    return masked & (u < reveal), jnp.where(u < hide, mask_id, z_t).astype(jnp.int32)
+
+
+def answer(keys: jax.Array, logits: jax.Array, mask_id: int) -> jax.Array:
+    """What the tokens that `ask` become, given their logits `[..., K]`, int32 `[...]`; see `mixture_step`."""
+    draw_keys = map_keys(lambda key: jax.random.split(key)[1], keys)
+    return categorical.draw(draw_keys, without(as_float(logits), mask_id))
+
+
 def mixture_step(
     keys: jax.Array,
     logits: jax.Array,
@@ -57,20 +84,10 @@ def mixture_step(
 
     keys `[...]` (one a token), logits `[..., K]`, the rest `[...]` or wider, returns int32 `[...]`. `kappa` < 1 gives
     the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) + (1-alpha_s) mask], which
-    also masks revealed tokens again.
+    also masks revealed tokens again. Which are revealed is drawn first, by `ask`, and what they become by `answer`.
     """
-    alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
-    reveal = kappa * _reveal_rate(alpha_s, alpha_t) + (1.0 - kappa) * alpha_s
-    hide = (1.0 - kappa) * (1.0 - alpha_s)
-
-    def noise(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        which, token = jax.random.split(key)
-        return jax.random.uniform(which), token
-
-    u, draw_keys = map_keys(noise, keys)
-    drawn = categorical.draw(draw_keys, without(as_float(logits), mask_id))
-    from_mask = jnp.where(u < reveal, drawn, mask_id)
-    return jnp.where(z_t == mask_id, from_mask, jnp.where(u < hide, mask_id, z_t)).astype(jnp.int32)
+    asks, z_s = ask(keys, z_t, alpha_s, alpha_t, mask_id, kappa)
+    return jnp.where(asks, answer(keys, logits, mask_id), z_s)
 
 
 def subs(logits: jax.Array, z_t: jax.Array, mask_id: int) -> jax.Array:

@@ -23,14 +23,28 @@ def _block_size(vocab_size: int) -> int:
     return math.isqrt(vocab_size - 1) + 1
 
 
+# Sums of exponentials outside of this are taken anew, relative to the largest: inside it float32 loses nothing that counts.
+_SAFE_SUMS = 1e-20, 1e30
+
+
 def _block_log_sums(logits: jax.Array, size: int) -> jax.Array:
-    """log-sum-exp of each run of `size` logits: `[..., K]` to `[..., ceil(K / size)]`."""
+    """log-sum-exp of each run of `size` logits: `[..., K]` to `[..., ceil(K / size)]`, in one pass where they are moderate.
+
+    A network's logits are: their exponentials can be summed as they are, and the maximum, a second pass, left out.
+    """
     vocab_size = logits.shape[-1]
     n_blocks = -(-vocab_size // size)
-    # The padding fuses into the reductions: no padded copy of the vocabulary is written.
-    widths = [(0, 0)] * (logits.ndim - 1) + [(0, n_blocks * size - vocab_size)]
-    padded = jnp.pad(logits, widths, constant_values=-jnp.inf)
-    return jax.nn.logsumexp(padded.reshape(*logits.shape[:-1], n_blocks, size), axis=-1)
+
+    def blocks(values: jax.Array, fill: float) -> jax.Array:
+        # The padding fuses into the reductions: no padded copy of the vocabulary is written.
+        widths = [(0, 0)] * (values.ndim - 1) + [(0, n_blocks * size - vocab_size)]
+        return jnp.pad(values, widths, constant_values=fill).reshape(*values.shape[:-1], n_blocks, size)
+
+    sums = jnp.sum(blocks(jnp.exp(logits), 0.0), axis=-1)
+    largest, (low, high) = jnp.max(sums, axis=-1), _SAFE_SUMS
+    moderate = jnp.all((largest > low) & (largest < high))
+    careful = functools.partial(jax.nn.logsumexp, axis=-1)
+    return lax.cond(moderate, lambda _: jnp.log(sums), lambda values: careful(blocks(values, -jnp.inf)), logits)
 
 
 def draw_with_log_normaliser(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -48,11 +62,8 @@ def draw_with_log_normaliser(keys: jax.Array, logits: jax.Array) -> tuple[jax.Ar
     block_logits = _block_log_sums(logits, size)
     n_blocks = block_logits.shape[-1]
 
-    def noise(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outer, inner = jax.random.split(key)
-        return _gumbel(outer, n_blocks), _gumbel(inner, size)
-
-    block_noise, token_noise = map_keys(noise, keys)
+    noise = map_keys(lambda key: _gumbel(key, n_blocks + size), keys)
+    block_noise, token_noise = noise[..., :n_blocks], noise[..., n_blocks:]
     block = jnp.argmax(block_logits + block_noise, axis=-1)
     ids = block[..., None] * size + jnp.arange(size)
     within = jnp.take_along_axis(logits, jnp.minimum(ids, vocab_size - 1), axis=-1)

@@ -50,6 +50,76 @@ def posterior(p: jax.Array, z_t: jax.Array, alpha_s: jax.typing.ArrayLike, alpha
     return transition * marginal_s / (vocab_size * marginal_t)
 
 
+def _jump(alpha_s: jax.Array, alpha_t: jax.Array) -> jax.Array:
+    """1 - alpha_t / alpha_s as a quotient of the difference: the ratio would round it away when the step is short."""
+    return jnp.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s, 0.0)
+
+
+def _branch(keys: jax.Array, *weights: jax.Array) -> jax.Array:
+    """Draws which of some weights `[...]`, by its index int32 `[...]`; the first where all are 0."""
+    # mode="high" keeps branches far rarer than float32's uniform grid of 1e-7 at their own rate.
+    noise = map_keys(lambda key: jax.random.gumbel(key, (len(weights),), mode="high"), keys)
+    return jnp.argmax(jnp.log(jnp.stack(weights, axis=-1)) + noise, axis=-1)
+
+
+def _uniform(keys: jax.Array, vocab_size: int) -> jax.Array:
+    return map_keys(lambda key: prior_sample(key, (), vocab_size), keys)
+
+
+def _split(keys: jax.Array) -> tuple[jax.Array, ...]:
+    """Four keys of each: whether p is asked for, what of the three happens then, the token drawn from p, a uniform one."""
+    four = map_keys(lambda key: jax.random.split(key, 4), keys)
+    return tuple(four[..., i] for i in range(4))
+
+
+def ask(
+    keys: jax.Array,
+    z_t: jax.Array,
+    alpha_s: jax.typing.ArrayLike,
+    alpha_t: jax.typing.ArrayLike,
+    kappa: jax.typing.ArrayLike,
+    vocab_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Which tokens' `mixture_step` depends on p at all, bool `[...]`, and what the others become, int32 `[...]`.
+
+    The posterior stays with probability at least kappa a (1-alpha_s) / (1-alpha_t), the least being that of p_i = 0, and
+    draws a uniform token with at least (1-kappa) (1-alpha_s), whatever p is. Drawn first, these two spare a sampler
+    the predictions at such tokens: of n steps about 2 log n ask at each token. The arguments are those of `mixture_step`.
+    """
+    alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
+    which, _, _, other = _split(keys)
+    jump = _jump(alpha_s, alpha_t)
+    stay = kappa * (1.0 - jump) * (1.0 - alpha_s)
+    anew = (1.0 - kappa) * (1.0 - alpha_s) * (1.0 - alpha_t)
+    asked = kappa * jump + (1.0 - kappa) * alpha_s * (1.0 - alpha_t)  # the rest of 1 - alpha_t
+    branch = _branch(which, stay, anew, asked)
+    return branch == 2, jnp.where(branch == 1, _uniform(other, vocab_size), z_t).astype(jnp.int32)
+
+
+def answer(
+    keys: jax.Array,
+    logits: jax.Array,
+    z_t: jax.Array,
+    alpha_s: jax.typing.ArrayLike,
+    alpha_t: jax.typing.ArrayLike,
+    kappa: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+    """What the tokens that `ask` become, given their logits `[..., K]`, int32 `[...]`; see `mixture_step`."""
+    vocab_size = logits.shape[-1]
+    alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
+    _, which, token, other = _split(keys)
+    drawn, log_normaliser = categorical.draw_with_log_normaliser(token, logits)
+    signal = vocab_size * alpha_t * jnp.exp(as_float(take(logits, z_t)) - log_normaliser)
+    jump, noise = _jump(alpha_s, alpha_t), 1.0 - alpha_t
+    branch = _branch(
+        which,
+        signal * (kappa * jump + (1.0 - kappa) * alpha_s * noise),
+        noise * alpha_s * (kappa * jump + (1.0 - kappa) * noise),
+        noise * (1.0 - alpha_s) * kappa * jump,
+    )
+    return jnp.select([branch == 0, branch == 1], [z_t, drawn], _uniform(other, vocab_size)).astype(jnp.int32)
+
+
 def mixture_step(
     keys: jax.Array,
     logits: jax.Array,
@@ -65,28 +135,10 @@ def mixture_step(
     The posterior (I, eq. 3) stays at i = z_t with weight K alpha_t p_i + a (1-alpha_s), where a = alpha_t / alpha_s,
     draws from p with weight (1-a) alpha_s, and draws a uniform token with weight (1-a) (1-alpha_s). `kappa` < 1 gives
     the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) + (1-alpha_s)/K], which mixes
-    the same three.
+    the same three. What of the weights does not depend on p is drawn first, by `ask`, and the rest by `answer`.
     """
-    vocab_size = logits.shape[-1]
-    alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
-
-    def noise(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        which, token, other = jax.random.split(key, 3)
-        # mode="high" keeps branches far rarer than float32's uniform grid of 1e-7 at their own rate.
-        return jax.random.gumbel(which, (3,), mode="high"), token, prior_sample(other, (), vocab_size)
-
-    which_noise, draw_keys, uniform_ids = map_keys(noise, keys)
-    drawn, log_normaliser = categorical.draw_with_log_normaliser(draw_keys, logits)
-    signal = vocab_size * alpha_t * jnp.exp(as_float(take(logits, z_t)) - log_normaliser)
-    # 1 - a as a quotient of the difference: alpha_t / alpha_s would round it away when the step is short.
-    jump = jnp.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s, 0.0)
-    weights = (
-        signal * (kappa + (1.0 - kappa) * alpha_s) + kappa * (1.0 - jump) * (1.0 - alpha_s),
-        alpha_s * (kappa * jump + (1.0 - kappa) * (1.0 - alpha_t)),
-        (1.0 - alpha_s) * (kappa * jump + (1.0 - kappa) * (signal + 1.0 - alpha_t)),
-    )
-    branch = jnp.argmax(jnp.log(jnp.stack(weights, axis=-1)) + which_noise, axis=-1)
-    return jnp.select([branch == 0, branch == 1], [z_t, drawn], uniform_ids).astype(jnp.int32)
+    asks, z_s = ask(keys, z_t, alpha_s, alpha_t, kappa, logits.shape[-1])
+    return jnp.where(asks, answer(keys, logits, z_t, alpha_s, alpha_t, kappa), z_s)
 
 
 def step(

@@ -4,9 +4,10 @@ A sampler starts from the prior (uniform tokens, or masks), walks a grid of time
 network call a step, and ends with a noise-removal call at t_n. With a distilled network, n of 1 to 8 is the few-step
 consistency sampler of *The Diffusion Duality*.
 
-A denoiser is a function `denoise(states, sigma [B], visitor, *per_token)`: it predicts from each of the states (one, or two
-under guidance; int32 `[B, L]`) and returns `visitor(logits, *per_token)`, where `logits` is a tuple of `[B, l, K]`, one a
-state. It may call the visitor on one chunk of the length after the other: with a network no `[B, L, K]` exists.
+A denoiser is a function `denoise(states, sigma [B], visitor, asked [B, L], *per_token)`: it predicts from each of the states
+(one, or two under guidance; int32 `[B, L]`) and returns `visitor(logits, *per_token)`, where `logits` is a tuple of
+`[..., K]`, one a state. Only at the tokens that are asked for does the result count. It may call the visitor on a few of
+them at a time: with a network no `[B, L, K]` exists, and no logits of tokens that a step does not ask for.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
 from duo_jax.diffusion import absorbing, categorical, schedules, uniform
 from duo_jax.diffusion.arrays import as_float, map_keys, token_keys
+from duo_jax.diffusion.arrays import per_token as spread
 from duo_jax.errors import UserError
 from duo_jax.models import head
 from duo_jax.models.network import Network
@@ -63,11 +66,13 @@ class Walk:
     Attributes:
         tokens: int32 `[B, L]`.
         network_calls: how often the network was evaluated, an int32 scalar; a guided step evaluates it twice.
+        predictions: for how many tokens, over all calls, logits were computed, an int32 scalar.
         trajectory: int32 `[n, B, L]`, the tokens after each step; None unless asked for.
     """
 
     tokens: jax.Array
     network_calls: jax.Array
+    predictions: jax.Array
     trajectory: jax.Array | None = None
 
 
@@ -78,6 +83,7 @@ class Carry:
     states: tuple[jax.Array, ...]  # z_t int32 [B, L]; under guidance also the unconditional one
     quiet: jax.Array  # [B], for how many steps a row has not changed
     calls: jax.Array
+    predictions: jax.Array
 
 
 @struct.dataclass
@@ -127,33 +133,35 @@ def _shape(logits: jax.Array, settings: Settings, knobs: Knobs) -> jax.Array:
     return shaped
 
 
-def _draw(keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings) -> jax.Array:
-    """Draws z_s `[...]` by the settings' step from z_t `[...]` and shaped logits `[..., K]`."""
+def _ask(keys: jax.Array, z_t: jax.Array, step: Step, vocab_size: int, settings: Settings) -> tuple[jax.Array, ...]:
+    """Which tokens need a prediction for the settings' step from z_t, bool `[B, L]`, and z_s at the others."""
     mask = settings.mask_id
+    if settings.guided:
+        return jnp.ones(z_t.shape, bool), z_t
+    if settings.sampler == "analytic":  # the score tells also whether a token is revealed
+        return z_t == mask, z_t
+    if settings.process == "absorbing":
+        return absorbing.ask(keys, z_t, step.alpha_s, step.alpha_t, mask, step.kappa)
+    asks, z_s = uniform.ask(keys, z_t, step.alpha_s, step.alpha_t, step.kappa, vocab_size)
+    return asks | (step.last & (settings.noise_removal == "greedy")), z_s
+
+
+def _answer(keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings) -> jax.Array:
+    """Draws z_s `[...]` by the settings' step, at tokens that ask, from z_t `[...]` and shaped logits `[..., K]`."""
 
     def posterior() -> jax.Array:
         if settings.process == "uniform":
-            return uniform.mixture_step(keys, logits, z_t, step.alpha_s, step.alpha_t, step.kappa)
-        mixture = functools.partial(absorbing.mixture_step, keys, logits, z_t, step.alpha_s, step.alpha_t, mask)
+            return uniform.answer(keys, logits, z_t, step.alpha_s, step.alpha_t, step.kappa)
+        drawn = functools.partial(absorbing.answer, keys, logits, settings.mask_id)
         if settings.sampler != "analytic":
-            return mixture(step.kappa)
+            return drawn()
         # The removal reveals whatever is left; a score that is too small for it would leave masks.
         dsigma = jnp.log(step.alpha_s) - jnp.log(step.alpha_t)
-        return jax.lax.cond(
-            step.last,
-            lambda: mixture(step.kappa).astype(z_t.dtype),
-            lambda: absorbing.sedd_step(keys, logits, z_t, dsigma, mask).astype(z_t.dtype),
-        )
+        score = functools.partial(absorbing.sedd_step, keys, logits, z_t, dsigma, settings.mask_id)
+        return jax.lax.cond(step.last, drawn, score)
 
-    hidden = True
-    if settings.process == "absorbing":
-        hidden = z_t == mask
     if settings.noise_removal == "greedy":
-        return jax.lax.cond(
-            step.last,
-            lambda: jnp.where(hidden, jnp.argmax(logits, axis=-1).astype(z_t.dtype), z_t),
-            lambda: posterior().astype(z_t.dtype),
-        )
+        return jax.lax.cond(step.last, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32), posterior)
     return posterior()
 
 
@@ -234,56 +242,60 @@ def run(
         if settings.guided:
             shaped = tuple(_shape(values, settings, knobs) for values in logits)
             return _draw_guided(keys, shaped, states, step, settings, knobs.guidance)
-        return (_draw(keys, _shape(logits[0], settings, knobs), states[0], step, settings),)
+        return (_answer(keys, _shape(logits[0], settings, knobs), states[0], step, settings),)
 
-    def needed(carry: Carry, step: Step, keys: jax.Array) -> jax.Array | bool:
+    def needed(carry: Carry, step: Step, asked: jax.Array) -> jax.Array | bool:
         """Whether the step can change anything."""
         if settings.early_stop:
             return step.last | jnp.any(carry.quiet < settings.early_stop)
-        if settings.sampler == "ancestral_cache":
-            # Which tokens are revealed does not depend on what they become: the same keys decide it on the alphabet
-            # {text, mask}.
-            masked = carry.states[0] == settings.mask_id
-            blank = jnp.zeros((*shape, 2))
-            after = absorbing.mixture_step(keys, blank, masked.astype(jnp.int32), step.alpha_s, step.alpha_t, 1)
-            return jnp.any(masked & (after == 0) & ~given.held)
-        return True
+        return jnp.any(asked) if settings.sampler == "ancestral_cache" else True
 
     def take(carry: Carry, step: Step) -> tuple[Carry, jax.Array | None]:
         keys = token_keys(step.key, shape)
         sigma = jnp.full(shape[:1], schedules.sigma(step.alpha_t))
+        asked, settled = _ask(keys, carry.states[0], step, vocab_size, settings)
+        if not settings.guided:
+            asked &= ~given.held
 
         def move(states: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            moved = denoise(states, sigma, functools.partial(visitor, step), keys, states)
-            z_s = given.fill(moved[0])
+            moved = denoise(states, sigma, functools.partial(visitor, step), asked, keys, states)
+            z_s = given.fill(jnp.where(asked, moved[0], settled))
             if not settings.guided:
                 return (z_s,)
             # Where the prompt is, the unconditional text goes its own way; elsewhere the two are one.
             return z_s, unconditional.fill(jnp.where(given.held, moved[1], z_s))
 
-        call = needed(carry, step, keys)
+        call = needed(carry, step, asked)
+        networks = len(carry.states)
+        costs = jnp.array([networks, networks * jnp.sum(asked)])
         if call is True:
-            states, calls = move(carry.states), carry.calls + len(carry.states)
+            states = move(carry.states)
         else:
             states = jax.lax.cond(call, move, lambda states: states, carry.states)
-            calls = carry.calls + jnp.where(call, len(carry.states), 0)
+            costs = jnp.where(call, costs, 0)
         quiet = carry.quiet
         if settings.early_stop:
             stopped = (carry.quiet >= settings.early_stop) & ~step.last
             states = tuple(jnp.where(stopped[:, None], old, new) for old, new in zip(carry.states, states, strict=True))
             quiet = jnp.where(jnp.all(states[0] == carry.states[0], axis=-1), carry.quiet + 1, 0)
-        return Carry(states, quiet, calls), states[0] if settings.trajectory else None
+        carry = Carry(states, quiet, carry.calls + costs[0], carry.predictions + costs[1])
+        return carry, states[0] if settings.trajectory else None
 
-    start = Carry(states, jnp.zeros(shape[:1], jnp.int32), jnp.zeros((), jnp.int32))
+    nothing = jnp.zeros((), jnp.int32)
+    start = Carry(states, jnp.zeros(shape[:1], jnp.int32), nothing, nothing)
     end, trajectory = jax.lax.scan(take, start, steps(key_steps, settings))
-    return Walk(end.states[0], end.calls, trajectory)
+    return Walk(end.states[0], end.calls, end.predictions, trajectory)
 
 
-def denoiser(network: Network, weights: Any, *, shards: int = 1) -> Denoise:
+# Of a batch's tokens a quarter at a time, so that little is computed that was not asked for; but not too few for a product.
+_FEWEST = 64
+
+
+def denoiser(network: Network, weights: Any, *, mesh: Mesh | None = None) -> Denoise:
     """Returns a network as the engine calls it, told the noise as its algorithm tells it in training.
 
     MDLM's network does not know the time; D3PM's is told at most the sigma of its schedule's eps; SEDD's output is scaled
-    to its log-score. `shards` is how many devices the batch is split over, for the size of a chunk.
+    to its log-score. `mesh` holds the devices over which the rows are split; None for one.
     """
     algo = network.algo
 
@@ -292,25 +304,32 @@ def denoiser(network: Network, weights: Any, *, shards: int = 1) -> Denoise:
             return jnp.zeros_like(sigma)
         return jnp.minimum(sigma, schedules.sigma(network.eps)) if algo == "d3pm" else sigma
 
-    def denoise(states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, *per_token: Any) -> Any:
+    def denoise(
+        states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, asked: jax.Array, *per_token: Any
+    ) -> Any:
         hidden = tuple(network.hidden(weights, network.embed(weights, z), told(sigma)) for z in states)
 
-        def visit(hidden: tuple[jax.Array, ...], states: tuple[jax.Array, ...], *per_token: Any) -> Any:
+        def visit(weights: Any, hidden: tuple, states: tuple, alpha: jax.Array, *per_token: Any) -> Any:
             logits = tuple(network.logits(weights, h) for h in hidden)
             if algo == "sedd":
                 logits = tuple(
-                    absorbing.sedd_log_score(values, z, jnp.exp(-sigma))
-                    for values, z in zip(logits, states, strict=True)
+                    absorbing.sedd_log_score(values, z, alpha) for values, z in zip(logits, states, strict=True)
                 )
             return visitor(logits, *per_token)
 
-        chunk = network.chunk(*states[0].shape, shards, networks=len(states))
-        return head.in_chunks(visit, hidden, states, *per_token, chunk=chunk)
+        def on_device(weights: Any, asked: jax.Array, *per_token: Any) -> Any:
+            fits = head.tokens_at_once(len(states) * network.vocab_size, network.head_mib)
+            chunk = min(fits, max(_FEWEST, -(-asked.size // 4)))
+            return head.of_some(functools.partial(visit, weights), asked, *per_token, chunk=chunk)
+
+        alpha = spread(jnp.exp(-sigma), asked.shape)
+        args = {"head": weights["head"]}, asked, hidden, states, alpha, *per_token
+        return head.on_rows(on_device, mesh, whole=1, rows=len(args) - 1)(*args)
 
     return denoise
 
 
-@functools.partial(jax.jit, static_argnames=("network", "settings", "shards"))
+@functools.partial(jax.jit, static_argnames=("network", "settings", "mesh"))
 def sample_tokens(
     weights: Any,
     key: jax.Array,
@@ -320,7 +339,7 @@ def sample_tokens(
     *,
     network: Network,
     settings: Settings,
-    shards: int = 1,
+    mesh: Mesh | None = None,
 ) -> Walk:
     """Returns texts from a network, diffusion or autoregressive.
 
@@ -330,8 +349,9 @@ def sample_tokens(
         tokens = autoregressive.run(
             network, weights, key, given.tokens, given.held, settings, knobs.top_p, knobs.temperature
         )
-        return Walk(tokens, jnp.asarray(given.tokens.shape[1] - 1, jnp.int32))
-    denoise = denoiser(network, weights, shards=shards)
+        calls = given.tokens.shape[1] - 1
+        return Walk(tokens, jnp.asarray(calls, jnp.int32), jnp.asarray(calls * given.tokens.shape[0], jnp.int32))
+    denoise = denoiser(network, weights, mesh=mesh if mesh is not None and mesh.size > 1 else None)
     return run(denoise, key, given, network.vocab_size, settings, knobs, unconditional)
 
 
@@ -407,7 +427,10 @@ def walk(
     )
     functions = (denoise_fn,) if unconditional_fn is None else (denoise_fn, unconditional_fn)
 
-    def denoise(states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, *per_token: Any) -> Any:
+    def denoise(
+        states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, asked: jax.Array, *per_token: Any
+    ) -> Any:
+        del asked  # all tokens' logits are there
         logits = tuple(function(z, sigma) for function, z in zip(functions, states, strict=True))
         return visitor(logits, *per_token)
 

@@ -115,9 +115,7 @@ def sample(
 
     def draw(key: jax.Array, part: Known, other: Known | None) -> engine.Walk:
         free = None if other is None else put(other)
-        walk = engine.sample_tokens(
-            weights, key, put(part), knobs, free, network=network, settings=settings, shards=mesh.size
-        )
+        walk = engine.sample_tokens(weights, key, put(part), knobs, free, network=network, settings=settings, mesh=mesh)
         return jax.tree.map(fetch, walk)
 
     blocks = []
@@ -154,7 +152,7 @@ def _in_strides(
 ) -> engine.Walk:
     """Writes a text longer than a window: the last token of a window but the last is dropped, a row's EOS in training."""
     (tokens, held), length = (np.array(part) for part in known), known[0].shape[1]
-    calls, written = 0, 0
+    calls, predictions, written = 0, 0, 0
     for index in range(length):
         begin = max(0, min(written - (window - 2 - stride) - 1, length - window))
         piece, fixed = tokens[:, begin : begin + window].copy(), held[:, begin : begin + window].copy()
@@ -163,11 +161,11 @@ def _in_strides(
             piece[:, 0] = bos_id
             fixed[:, : written - begin] = True
         walk = draw(jax.random.fold_in(key, index), (piece, fixed))
-        calls += int(walk.network_calls)
+        calls, predictions = calls + int(walk.network_calls), predictions + int(walk.predictions)
         final = begin + window == length
         end = length if final else begin + window - 1
         tokens[:, written:end] = walk.tokens[: len(tokens), written - begin : end - begin]
         written = end
         if final:
             break
-    return engine.Walk(tokens, np.asarray(calls))
+    return engine.Walk(tokens, np.asarray(calls), np.asarray(predictions))

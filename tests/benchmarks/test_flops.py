@@ -73,6 +73,13 @@ def test_passes_of_algorithms():
     once = flops.forward(network("mdlm"), LENGTH)
     passes = {algo: flops.train_row(network(algo), LENGTH) / once for algo in ("mdlm", "sedd", "duo", "d3pm", "dcd")}
     assert passes == {"mdlm": 3, "sedd": 3, "duo": 3, "d3pm": 6, "dcd": 4}
-    assert flops.sample_row(network("mdlm"), LENGTH, 5) == 5 * once
+
+
+def test_sampling_reads_the_head_where_it_is_asked_to():
+    net = network("mdlm")
+    row = flops.forward(net, LENGTH)
+    assert flops.sample(net, 3, LENGTH, 5, 3 * 5 * LENGTH) == pytest.approx(15 * row)
+    spared = flops.sample(net, 3, LENGTH, 5, 3 * LENGTH)
+    assert 15 * row - spared == pytest.approx(3 * 4 * LENGTH * 2 * net.dim * net.vocab_size)
     ar = network("ar")
-    assert flops.sample_row(ar, LENGTH, LENGTH - 1) == flops.forward(ar, LENGTH - 1)
+    assert flops.sample(ar, 2, LENGTH, LENGTH - 1, 2 * (LENGTH - 1)) == pytest.approx(2 * flops.forward(ar, LENGTH - 1))

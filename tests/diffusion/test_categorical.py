@@ -62,6 +62,18 @@ def test_draw_returns_the_log_normaliser():
     assert np.all((ids >= 0) & (ids < 50_258))
 
 
+@pytest.mark.parametrize("offset", [0.0, 60.0, 95.0, 1e4, -40.0, -95.0, -1e4])
+@pytest.mark.parametrize("k", [7, 400])
+def test_logits_may_be_of_any_size(k, offset):
+    """Their exponentials overflow float32 above 88 and vanish below -87."""
+    values = np.float32(2.0 * np.random.default_rng(k).normal(size=k) + offset)
+    assert_distributed(histogram(draws(k, values, 100_000), k), softmax(values))
+    keys = token_keys(jax.random.key(0), (2,))
+    both = jnp.stack([values, values - offset])  # one row that is moderate beside one that may not be
+    _, log_normaliser = categorical.draw_with_log_normaliser(keys, both)
+    np.testing.assert_allclose(log_normaliser, jax.nn.logsumexp(both, axis=-1), rtol=1e-6)
+
+
 def nucleus_by_sorting(logits, top_p):
     """Which tokens stay, and for which float32 cannot tell: those whose mass before them is top_p to 1e-6."""
     p = np.float64(softmax(logits))

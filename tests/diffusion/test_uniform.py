@@ -65,6 +65,25 @@ def test_step_draws_from_the_posterior(k, alpha_s, alpha_t):
         assert_distributed(histogram(z_s, k), np.where(expected < 1e-20, 0, expected))
 
 
+@pytest.mark.parametrize("kappa", [1.0, 0.95, 0.3, 0.0])
+@pytest.mark.parametrize(("alpha_s", "alpha_t"), [*CASES, (0.5 + 1e-6, 0.5)])
+def test_where_a_step_does_not_ask_the_prediction_has_no_say(alpha_s, alpha_t, kappa):
+    n, k = 200_000, 6
+    keys, z_t = token_keys(jax.random.key(2), (n,)), jnp.full(n, 4)
+    asks, z_s = (np.asarray(x) for x in jax.jit(uniform.ask, static_argnums=5)(keys, z_t, alpha_s, alpha_t, kappa, k))
+    answers = []
+    for favourite in (4, 1):
+        logits = jnp.broadcast_to(10.0 * jax.nn.one_hot(favourite, k), (n, k))
+        answers.append(np.asarray(jax.jit(uniform.mixture_step)(keys, logits, z_t, alpha_s, alpha_t, kappa)))
+        np.testing.assert_array_equal(answers[-1][~asks], z_s[~asks])
+    # And it asks no more often than the least and the most of a posterior's staying differ: p_i = 0 decides the least.
+    jump = (alpha_s - alpha_t) / alpha_s
+    expected = n * (kappa * jump / (1 - alpha_t) + (1 - kappa) * alpha_s)
+    assert abs(asks.sum() - expected) < 5 * np.sqrt(expected) + 1e-9
+    if expected > 1000:
+        assert (answers[0] != answers[1]).any()
+
+
 def test_step_from_logits_is_the_same_in_chunks():
     logits, keys = 2 * jax.random.normal(jax.random.key(0), (12, 30)) + 9, token_keys(jax.random.key(1), (12,))
     z_t, alpha_s, alpha_t = jnp.arange(12), jnp.linspace(0.6, 0.9, 12), jnp.linspace(0.1, 0.5, 12)

@@ -33,6 +33,26 @@ def test_the_chunked_head_equals_the_dense_one(chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), gradient, dense_gradient)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 7, 36, 100])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_some_tokens_are_visited_and_no_others(chunk, share):
+    keys = jax.random.split(jax.random.key(0), 3)
+    which = jax.random.uniform(keys[0], (3, 12)) < share
+    x, token_keys = jax.random.normal(keys[1], (3, 12, 5)), jax.random.split(keys[2], (3, 12))
+
+    def fn(x, keys):
+        assert x.ndim == 2
+        return {"sum": x.sum(-1), "twice": 2 * x, "noise": jax.vmap(jax.random.uniform)(keys)}
+
+    found = jax.jit(lambda *args: head.of_some(fn, which, *args, chunk=chunk))(x, token_keys)
+    expected = jax.vmap(fn)(x, token_keys)
+    visited = found["twice"].any(-1)
+    assert (visited | ~which).all()
+    assert visited.sum() <= min(-(-which.sum() // min(chunk, 36)) * chunk, 36)  # the last chunk is filled up
+    for name, want in expected.items():
+        np.testing.assert_allclose(found[name][visited], want[visited], rtol=1e-6)
+
+
 def test_the_chunked_head_holds_no_batch_of_logits():
     batch, length, vocab = 4, 256, 20_000
     chunk = head.chunk_length(batch, length, vocab, mib=16)
@@ -119,7 +139,7 @@ def test_the_backward_products_are_in_the_compute_type():
     types = [
         [var.aval.dtype for var in eqn.invars]
         for eqn in equations(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(weights, hidden).jaxpr)
-        if eqn.primitive.name == "dot_general"
+        if eqn.primitive.name == "dot_general" and all(var.aval.ndim > 1 for var in eqn.invars)  # not the bias's sum
     ]
     assert types == [[jnp.bfloat16] * 2] * 3  # one product forward and two back: each chunk is visited once
 

@@ -17,9 +17,10 @@ from known_joint import FALSE_ALARM, p_value
 
 import duo_jax
 from duo_jax import modes, sampling
-from duo_jax.diffusion import categorical
+from duo_jax.diffusion import absorbing, categorical
 from duo_jax.diffusion.arrays import token_keys
 from duo_jax.models.network import Network
+from duo_jax.sampling import engine
 
 LENGTH = 12
 
@@ -112,6 +113,44 @@ def test_every_algorithm_samples_with_a_prompt(params, algo, settings):
     calls = {"ar": 19}.get(algo, 12 if "guidance" in settings else 6)
     skips = "early_stop" in settings or settings.get("sampler") == "ancestral_cache"
     assert result.network_calls <= calls if skips else result.network_calls == calls
+
+
+@pytest.mark.parametrize(
+    ("algo", "settings", "share"),
+    [
+        ("duo_base", {}, 0.6),
+        ("duo_base", {"sampler": "psi", "psi": sampling.Psi.throughout("constant-0.9")}, 0.75),
+        ("duo_base", {"noise_removal": "greedy"}, 0.6),
+        ("mdlm", {}, 0.1),
+        ("mdlm", {"sampler": "psi", "psi": sampling.Psi.throughout("constant-0.9")}, 0.25),
+        ("mdlm", {"noise_removal": "greedy"}, 0.1),
+        ("d3pm", {}, 0.1),
+        ("sedd", {"sampler": "analytic"}, 0.65),
+        ("sedd", {}, 0.1),
+    ],
+)
+def test_predictions_are_made_where_they_are_asked_for_and_the_text_is_that_of_the_whole_table(algo, settings, share):
+    """Chunks of 64 of the asked tokens against a denoiser that gives all logits: the same draws, far fewer predictions."""
+    network, weights = make(algo)
+    shape = (16, LENGTH)  # three chunks, if all were asked for
+    plan = sampling.Settings.for_network(network, 10, **settings)
+    held = jnp.zeros(shape, bool).at[:, :2].set(True)
+    given = sampling.Given(jnp.full(shape, 3), held)
+    args = jax.random.key(0), given, network.vocab_size, plan, sampling.Knobs(1.0, 0.9)
+
+    def whole(states, sigma, visitor, asked, *per_token):
+        (z,) = states
+        told = {"mdlm": jnp.zeros_like(sigma), "d3pm": jnp.minimum(sigma, -jnp.log(network.eps))}.get(algo, sigma)
+        logits = network.logits(weights, network.hidden(weights, network.embed(weights, z), told))
+        if algo == "sedd":
+            logits = absorbing.sedd_log_score(logits, z, jnp.exp(-sigma))
+        return visitor((logits,), *per_token)
+
+    expected = jax.jit(lambda: engine.run(whole, *args))()
+    found = jax.jit(lambda: engine.run(engine.denoiser(network, weights), *args))()
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert len(np.unique(found.tokens[:, 2:])) > 10
+    assert 0 < found.predictions / (16 * (LENGTH - 2) * plan.network_calls) < share
 
 
 def test_gaps_are_filled(params):
@@ -252,7 +291,7 @@ def test_a_window_sees_the_end_of_what_was_written():
     def draw(key, part):
         seen.append([x.copy() for x in part])
         tokens = np.where(part[1], part[0], 100 * len(seen) + np.arange(part[0].shape[1]))
-        return sampling.Walk(tokens, np.int32(1))
+        return sampling.Walk(tokens, np.int32(1), np.int32(part[1].size - part[1].sum()))
 
     length, window, stride = 19, 8, 4
     known = np.zeros((1, length), np.int32), np.arange(length)[None] < 2
@@ -266,6 +305,7 @@ def test_a_window_sees_the_end_of_what_was_written():
     assert held[0].tolist() == [True] * 3 + [False] * 5
     np.testing.assert_array_equal(text[7:11], [203, 204, 205, 206])
     assert walk.network_calls == len(seen) == 4
+    assert walk.predictions == sum((~held).sum() for _, held in seen)
     assert text[-1] == 407  # the last window's last token stays
     assert (text > 0).all()
 
