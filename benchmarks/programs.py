@@ -175,7 +175,7 @@ def sampler(config: ConfigDict, vocab_size: int) -> Sampling:
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), weights)
     shape = (chosen.batch_size, _length(config))
     given = engine.Given(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (np.int32, np.bool_)))
-    lowered = engine.sample_tokens.lower(
+    lowered = sampling.sample_tokens.lower(
         weights,
         jax.eval_shape(key),
         given,

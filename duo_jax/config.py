@@ -99,7 +99,9 @@ def default() -> ConfigDict:
     config.model.length = 1024  # tokens in a row, BOS and EOS included
     config.model.dropout = 0.1  # on the two residual branches of every block
     config.model.attention = "auto"  # auto | xla | cudnn
-    config.model.head_mib = 160  # MiB for a chunk of logits on a device, as the vocabulary is visited in chunks
+    # MiB for a chunk of logits on a device, as the vocabulary is visited in chunks; empty: 160 on a CPU, whose caches like
+    # it small, and a thirty-second of an accelerator's memory
+    config.model.head_mib = config_dict.placeholder(int)
     # What the backward pass computes anew to save memory: none | dots (all but matrix products) | blocks (all but what goes
     # from block to block)
     config.model.remat = "none"
@@ -229,8 +231,9 @@ def check(config: ConfigDict) -> None:
                  "sample.batch_size", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib",
                  "algo.curriculum.k", "algo.d3pm_steps", "algo.distillation.round_length",
                  "algo.distillation.n_steps"):  # fmt: skip
-        if flatten(config)[name] < 1:
-            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be at least 1.")
+        value = flatten(config)[name]
+        if value is not None and value < 1:
+            raise UserError(f"config.{name} is {value}; it must be at least 1.")
     for name, value in flatten(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config.{name} is {value}; it must be a finite number.")

@@ -175,7 +175,7 @@ class Objective:
         net = self.network
         batch, length, k = ids.shape
         # The k rows of a token are as large as the logits of k D ids.
-        chunk = head.chunk_length(-(-batch // self.shards), length, k * net.dim, net.head_mib)
+        chunk = head.chunk_length(-(-batch // self.shards), length, k * net.dim, net.head_budget)
 
         def rows(params: Weights, mix: jax.Array, ids: jax.Array) -> jax.Array:
             return head.in_chunks(lambda mix, ids: net.embed(params, ids, mix), mix, ids, chunk=chunk)

@@ -44,7 +44,7 @@ class Network:
     d3pm_steps: int = 1000
     precision: str = "auto"
     attention: str = "auto"
-    head_mib: int = 160
+    head_mib: int | None = None
     remat: str = "none"
     scan: bool = False
 
@@ -102,6 +102,11 @@ class Network:
         return compute_dtype(self.precision)
 
     @property
+    def head_budget(self) -> int:
+        """MiB for a chunk of logits on the default device: as given, or for what the device is."""
+        return chunk_budget(*_memory()) if self.head_mib is None else self.head_mib
+
+    @property
     def module(self) -> DiT:
         """The Flax module; the autoregressive baseline is causal and knows no noise level."""
         autoregressive = self.algo == "ar"
@@ -142,7 +147,7 @@ class Network:
 
     def chunk(self, batch: int, length: int, shards: int = 1, *, networks: int = 1) -> int:
         """Returns the chunk for `models.head`, of `[batch, length]` over `shards` devices and so many networks' logits."""
-        return head.chunk_length(networks * -(-batch // shards), length, self.vocab_size, self.head_mib)
+        return head.chunk_length(networks * -(-batch // shards), length, self.vocab_size, self.head_budget)
 
 
 @struct.dataclass
@@ -158,6 +163,23 @@ class Params:
     weights: Weights
     network: Network = struct.field(pytree_node=False)
     tokenizer: str = struct.field(pytree_node=False)
+
+
+def _memory() -> tuple[str, int | None]:
+    """Returns the default device's platform, and its memory in bytes where it tells."""
+    device = jax.local_devices()[0]
+    return device.platform, (device.memory_stats() or {}).get("bytes_limit")
+
+
+def chunk_budget(platform: str, memory: int | None) -> int:
+    """Returns the MiB that a chunk of logits may take: 160 on a CPU, else a thirty-second of the memory within 160 to 4096.
+
+    A larger chunk is read in fewer, larger products, and a head's gradient is added up in fewer passes; on a CPU it would
+    leave the caches.
+    """
+    if platform == "cpu":
+        return 160
+    return 512 if memory is None else min(max(memory // 32 // 2**20, 160), 4096)
 
 
 def compute_dtype(precision: str) -> jnp.dtype:

@@ -1,13 +1,15 @@
 """From noise to text: every sampler, prompts and infilling, and texts of any number and length from a network."""
 
 from duo_jax.sampling import prompts, texts
-from duo_jax.sampling.engine import Given, Knobs, Walk, as_psi, denoiser, generate, run, sample_tokens, walk
+from duo_jax.sampling.engine import Given, Knobs, Walk, generate, run, walk
+from duo_jax.sampling.networks import denoiser, sample_tokens
 from duo_jax.sampling.results import unigram_entropy
 from duo_jax.sampling.settings import (
     NOISE_REMOVALS,
     SAMPLERS,
     Psi,
     Settings,
+    as_psi,
     check_guidance,
     check_temperature,
     uses_nucleus,

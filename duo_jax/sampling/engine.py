@@ -19,16 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 
 from duo_jax.diffusion import absorbing, categorical, schedules, uniform
 from duo_jax.diffusion.arrays import as_float, map_keys, token_keys
-from duo_jax.diffusion.arrays import per_token as spread
 from duo_jax.errors import UserError
-from duo_jax.models import head
-from duo_jax.models.network import Network
-from duo_jax.sampling import autoregressive
-from duo_jax.sampling.settings import Psi, Settings, check_guidance, check_temperature, uses_nucleus
+from duo_jax.sampling.settings import Psi, Settings, as_psi, check_guidance, check_temperature, uses_nucleus
 
 Denoise = Callable[..., Any]
 
@@ -256,6 +251,9 @@ def run(
         asked, settled = _ask(keys, carry.states[0], step, vocab_size, settings)
         if not settings.guided:
             asked &= ~given.held
+        if settings.early_stop:
+            stopped = (carry.quiet >= settings.early_stop) & ~step.last
+            asked &= ~stopped[:, None]
 
         def move(states: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             moved = denoise(states, sigma, functools.partial(visitor, step), asked, keys, states)
@@ -275,7 +273,6 @@ def run(
             costs = jnp.where(call, costs, 0)
         quiet = carry.quiet
         if settings.early_stop:
-            stopped = (carry.quiet >= settings.early_stop) & ~step.last
             states = tuple(jnp.where(stopped[:, None], old, new) for old, new in zip(carry.states, states, strict=True))
             quiet = jnp.where(jnp.all(states[0] == carry.states[0], axis=-1), carry.quiet + 1, 0)
         carry = Carry(states, quiet, carry.calls + costs[0], carry.predictions + costs[1])
@@ -285,74 +282,6 @@ def run(
     start = Carry(states, jnp.zeros(shape[:1], jnp.int32), nothing, nothing)
     end, trajectory = jax.lax.scan(take, start, steps(key_steps, settings))
     return Walk(end.states[0], end.calls, end.predictions, trajectory)
-
-
-# Of a batch's tokens a quarter at a time, so that little is computed that was not asked for; but not too few for a product.
-_FEWEST = 64
-
-
-def denoiser(network: Network, weights: Any, *, mesh: Mesh | None = None) -> Denoise:
-    """Returns a network as the engine calls it, told the noise as its algorithm tells it in training.
-
-    MDLM's network does not know the time; D3PM's is told at most the sigma of its schedule's eps; SEDD's output is scaled
-    to its log-score. `mesh` holds the devices over which the rows are split; None for one.
-    """
-    algo = network.algo
-
-    def told(sigma: jax.Array) -> jax.Array:
-        if algo == "mdlm":
-            return jnp.zeros_like(sigma)
-        return jnp.minimum(sigma, schedules.sigma(network.eps)) if algo == "d3pm" else sigma
-
-    def denoise(
-        states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, asked: jax.Array, *per_token: Any
-    ) -> Any:
-        hidden = tuple(network.hidden(weights, network.embed(weights, z), told(sigma)) for z in states)
-
-        def visit(weights: Any, hidden: tuple, states: tuple, alpha: jax.Array, *per_token: Any) -> Any:
-            logits = tuple(network.logits(weights, h) for h in hidden)
-            if algo == "sedd":
-                logits = tuple(
-                    absorbing.sedd_log_score(values, z, alpha) for values, z in zip(logits, states, strict=True)
-                )
-            return visitor(logits, *per_token)
-
-        def on_device(weights: Any, asked: jax.Array, *per_token: Any) -> Any:
-            fits = head.tokens_at_once(len(states) * network.vocab_size, network.head_mib)
-            chunk = min(fits, max(_FEWEST, -(-asked.size // 4)))
-            return head.of_some(functools.partial(visit, weights), asked, *per_token, chunk=chunk)
-
-        alpha = spread(jnp.exp(-sigma), asked.shape)
-        args = {"head": weights["head"]}, asked, hidden, states, alpha, *per_token
-        return head.on_rows(on_device, mesh, whole=1, rows=len(args) - 1)(*args)
-
-    return denoise
-
-
-@functools.partial(jax.jit, static_argnames=("network", "settings", "mesh"))
-def sample_tokens(
-    weights: Any,
-    key: jax.Array,
-    given: Given,
-    knobs: Knobs,
-    unconditional: Given | None = None,
-    *,
-    network: Network,
-    settings: Settings,
-    mesh: Mesh | None = None,
-) -> Walk:
-    """Returns texts from a network, diffusion or autoregressive.
-
-    Compiled once for each shape and settings, not for a key, known tokens, `top_p`, temperature or guidance weight.
-    """
-    if settings.process == "autoregressive":
-        tokens = autoregressive.run(
-            network, weights, key, given.tokens, given.held, settings, knobs.top_p, knobs.temperature
-        )
-        calls = given.tokens.shape[1] - 1
-        return Walk(tokens, jnp.asarray(calls, jnp.int32), jnp.asarray(calls * given.tokens.shape[0], jnp.int32))
-    denoise = denoiser(network, weights, mesh=mesh if mesh is not None and mesh.size > 1 else None)
-    return run(denoise, key, given, network.vocab_size, settings, knobs, unconditional)
 
 
 def walk(
@@ -465,18 +394,3 @@ def generate(
     """
     settings = {"sampler": sampler, "noise_removal": noise_removal, "top_p": top_p} | others
     return walk(denoise_fn, key, shape, vocab_size, schedule=schedule, n_steps=n_steps, **settings).tokens
-
-
-def as_psi(psi: Psi | str | None, sampler: str) -> Psi:
-    """Returns the `Psi` that is meant: one kappa mode may stand for all, and None for the default.
-
-    Raises:
-        UserError: an unknown mode, or a `psi` for another sampler.
-    """
-    if psi is None:
-        return Psi()
-    if sampler != "psi":
-        raise UserError(f"psi was given, but the sampler is {sampler!r}; choose the sampler 'psi', or leave psi out.")
-    if not isinstance(psi, str | Psi):
-        raise UserError(f"psi is {psi!r}; give one kappa mode, such as 'constant-0.9', or a duo_jax.sampling.Psi.")
-    return Psi.throughout(psi) if isinstance(psi, str) else psi

@@ -290,6 +290,21 @@ class Settings:
         return self.n_steps + (self.noise_removal != "none")
 
 
+def as_psi(psi: Psi | str | None, sampler: str) -> Psi:
+    """Returns the `Psi` that is meant: one kappa mode may stand for all, and None for the default.
+
+    Raises:
+        UserError: an unknown mode, or a `psi` for another sampler.
+    """
+    if psi is None:
+        return Psi()
+    if sampler != "psi":
+        raise UserError(f"psi was given, but the sampler is {sampler!r}; choose the sampler 'psi', or leave psi out.")
+    if not isinstance(psi, str | Psi):
+        raise UserError(f"psi is {psi!r}; give one kappa mode, such as 'constant-0.9', or a duo_jax.sampling.Psi.")
+    return Psi.throughout(psi) if isinstance(psi, str) else psi
+
+
 def uses_nucleus(top_p: jax.typing.ArrayLike) -> bool:
     """Returns whether `top_p` removes anything; a traced value may.
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network
-from duo_jax.sampling import engine
+from duo_jax.sampling import engine, networks
 from duo_jax.sampling.prompts import Known
 from duo_jax.sampling.settings import Settings
 
@@ -115,7 +115,7 @@ def sample(
 
     def draw(key: jax.Array, part: Known, other: Known | None) -> engine.Walk:
         free = None if other is None else put(other)
-        walk = engine.sample_tokens(weights, key, put(part), knobs, free, network=network, settings=settings, mesh=mesh)
+        walk = networks.sample_tokens(weights, key, put(part), knobs, free, network=network, settings=settings, mesh=mesh)
         return jax.tree.map(fetch, walk)
 
     blocks = []

@@ -13,7 +13,7 @@ from duo_jax.convert import arrays
 from duo_jax.errors import UserError
 from duo_jax.models import attention
 from duo_jax.models.dit import DiT, time_features
-from duo_jax.models.network import SIZES, Network, count, fastest_dtype
+from duo_jax.models.network import SIZES, Network, chunk_budget, count, fastest_dtype
 
 VOCAB = 53
 
@@ -164,3 +164,11 @@ def test_the_compute_type_is_what_the_devices_matrix_units_know():
     assert fastest_dtype("tpu", 0) == fastest_dtype("gpu", 8.0) == fastest_dtype("gpu", 9.0) == jnp.bfloat16
     assert fastest_dtype("gpu", 7.5) == fastest_dtype("gpu", 7.0) == jnp.float16
     assert fastest_dtype("cpu", 0) == fastest_dtype("gpu", 6.1) == jnp.float32
+
+
+def test_a_chunk_of_logits_has_a_thirty_second_of_the_devices_memory():
+    assert chunk_budget("cpu", None) == chunk_budget("cpu", 2**40) == 160
+    assert chunk_budget("gpu", 60 * 2**30) == 1920
+    assert chunk_budget("gpu", 2**30) == 160
+    assert chunk_budget("tpu", 2**40) == 4096
+    assert chunk_budget("gpu", None) == 512  # a device that does not tell

@@ -147,7 +147,7 @@ def test_predictions_are_made_where_they_are_asked_for_and_the_text_is_that_of_t
         return visitor((logits,), *per_token)
 
     expected = jax.jit(lambda: engine.run(whole, *args))()
-    found = jax.jit(lambda: engine.run(engine.denoiser(network, weights), *args))()
+    found = jax.jit(lambda: engine.run(sampling.denoiser(network, weights), *args))()
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     assert len(np.unique(found.tokens[:, 2:])) > 10
     assert 0 < found.predictions / (16 * (LENGTH - 2) * plan.network_calls) < share
@@ -213,14 +213,14 @@ def test_guidance_does_not_lead_away_from_what_neither_text_holds(params):
     """Only one place in the middle is held: the unconditional text holds no BOS either, and the two are one where g = 1."""
     given = np.zeros(20, int), np.arange(20) == 9
     seen = []
-    draw = sampling.engine.sample_tokens
+    draw = sampling.networks.sample_tokens
 
     def spy(weights, key, given, knobs, free, **kwargs):
         seen.append((np.asarray(given.held), np.asarray(free.held)))
         return draw(weights, key, given, knobs, free, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling.engine, "sample_tokens", spy)
+        patch.setattr(sampling.networks, "sample_tokens", spy)
         duo_jax.sample(params, n_steps=2, infill=given, guidance=2.0, length=20)
         duo_jax.sample(params, n_steps=2, prompt="The", guidance=2, length=20)
     (held, free), (prompted, bos) = seen
