@@ -12,7 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests, and the commands that they start, compile the same programs: most of the time that the tests take.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# And half of the rest; a program that runs once on a tiny network gains nothing from being optimized.
+# And half of the rest; a program that runs once on a tiny network gains nothing from being optimized. Set it to false to
+# test what users compile.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 

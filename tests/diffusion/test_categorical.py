@@ -74,6 +74,17 @@ def test_logits_may_be_of_any_size(k, offset):
     np.testing.assert_allclose(log_normaliser, jax.nn.logsumexp(both, axis=-1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0, -30.0, 200.0, -200.0])
+def test_rare_blocks_keep_their_digits(offset):
+    """Blocks of 1e-9 and less beside a near-certain token, summed as they are or relative to the largest."""
+    values = np.float32(np.random.default_rng(0).normal(size=(3, 400)) - np.linspace(0, 40, 400) + offset)
+    found = categorical._block_log_sums(jnp.asarray(values), 20)
+    exact = np.log(np.exp(np.float64(values) - offset).reshape(3, 20, 20).sum(-1)) + offset
+    kept = exact > exact.max() - np.log(1e12)
+    assert 0 < (~kept).sum() < 0.5 * kept.size
+    np.testing.assert_allclose(found[kept], exact[kept], rtol=1e-6, atol=1e-5)
+
+
 def nucleus_by_sorting(logits, top_p):
     """Which tokens stay, and for which float32 cannot tell: those whose mass before them is top_p to 1e-6."""
     p = np.float64(softmax(logits))
