@@ -24,6 +24,8 @@ def test_the_report(tmp_path):
     psi, ar = found["rows"]
     assert (psi["case"], psi["calls"], psi["n_steps"]) == ("duo:psi", 4, 3)
     assert (ar["case"], ar["calls"], ar["n_steps"]) == ("ar:autoregressive", 15, None)
+    assert 0 < psi["predictions_percent"] < 100
+    assert ar["predictions_percent"] is None  # it reads one position a call
     for row in found["rows"]:
         assert row["top_p"] == 0.9
         assert len(row["times_s"]) == 2
