@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,20 +82,93 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, requested: str) -> jax.Array:
-    """Returns softmax(q k' / sqrt(head_dim)) v, `[B, L, H, head_dim]`; the softmax is float32."""
-    implementation = backend(requested, q.dtype.name, q.shape[-1])
-    return _attention(q, k, v, is_causal=causal, implementation=implementation)
+    """Returns softmax(q k' / sqrt(head_dim)) v, `[B, L, H, head_dim]`; the softmax is float32.
 
-
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any) -> jax.Array:
-    dtype = q.dtype
-    if dtype == jnp.float16 and jax.default_backend() == "cpu":
-        # A CPU lacks the float16 product with a float32 sum that JAX asks for here.
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, **kwargs).astype(dtype)
+    Args:
+        q: `[B, L, H, head_dim]`.
+        k, v: the same, or with fewer heads, each then shared by as many of q's heads in a row.
+        causal: whether a token sees itself and its past alone.
+        requested: see `choose`.
+    """
+    if backend(requested, q.dtype.name, q.shape[-1]) == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    shared = q.shape[2] // k.shape[2]
+    rows = (_by_head(jnp.repeat(x, shared, axis=2) if shared > 1 else x) for x in (k, v))
+    return _by_token(_attention(_by_head(q), *rows, causal), q.shape[0])
 
 
 def attend_to_past(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
     """Returns the attention of one query `[B, 1, H, head_dim]` to the keys and values `[B, T, ...]` up to its position."""
     mask = (jnp.arange(k.shape[1]) <= position)[None, None, None]
-    return _attention(q, k, v, mask=mask, implementation="xla")
+    wide = (x.astype(_operand_type(q.dtype)) for x in (q, k, v))
+    return jax.nn.dot_product_attention(*wide, mask=mask, implementation="xla").astype(q.dtype)
+
+
+def _operand_type(dtype: jnp.dtype) -> jnp.dtype:
+    """A CPU lacks the float16 product with a float32 sum."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 and jax.default_backend() == "cpu" else dtype)
+
+
+# XLA would otherwise move a transposition or a reshape into the product beside it, where it costs a CPU more.
+_as_it_is = jax.lax.optimization_barrier
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+    """`[B, L, H, head_dim]` to `[B H, L, head_dim]`, for good: on a CPU XLA sums over four dimensions with one thread."""
+    return _as_it_is(jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3]))
+
+
+def _by_token(x: jax.Array, batch: int) -> jax.Array:
+    """Undoes `_by_head`."""
+    return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
+
+
+def _product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`a @ b` of stacks of matrices, multiplied in `dtype` and summed in float32."""
+    wide = _operand_type(dtype)
+    return jnp.matmul(a.astype(wide), b.astype(wide), preferred_element_type=jnp.float32)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    """Attention of q, k, v `[N, L, head_dim]`, with no more than these, the result and a number a token kept for the
+    gradient: the weights `[N, L, L]` are computed anew (Dao et al., 2022). They are normalised after the product with v,
+    which is smaller than they are.
+    """
+    return _attention_forward(q, k, v, causal)[0]
+
+
+def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[jax.Array, tuple]:
+    length, head_dim = q.shape[1:]
+    scores = _product(q, _turned(k), q.dtype) * head_dim**-0.5
+    if causal:
+        scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = (_product(weights, v, v.dtype) / total).astype(v.dtype)
+    return out, (q, k, v, out, top + jnp.log(total))
+
+
+def _attention_backward(causal: bool, residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Works on the transposed weights, `[N, keys, queries]`: a CPU's fast product wants its first operand as it lies."""
+    q, k, v, out, log_normaliser = residuals
+    length, head_dim = q.shape[1:]
+    scale = head_dim**-0.5
+    weights = jnp.exp(_product(k, _turned(q), q.dtype) * scale - _turned(log_normaliser))
+    if causal:
+        weights = jnp.where(~jnp.tri(length, k=-1, dtype=bool), weights, 0.0)
+    # Through the softmax: each weight's gradient less their mean, which is that of the result.
+    mean = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1, keepdims=True)
+    d_scores = weights * (_product(v, _turned(cotangent), v.dtype) - _turned(mean)) * scale
+    d_q = _turned(_as_it_is(_product(_as_it_is(_turned(k)), d_scores, k.dtype)))
+    d_k = _product(d_scores, q, q.dtype)
+    d_v = _product(weights, cotangent, v.dtype)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)

@@ -1,0 +1,92 @@
+"""Attention against its formula in float64, and what its gradient keeps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax.models import attention
+
+attend = functools.partial(attention.attend, requested="xla")
+
+
+def draws(heads=4, kv_heads=4, length=24, head_dim=8, dtype=jnp.float32, scale=2.0):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return tuple((scale * jax.random.normal(k, s)).astype(dtype) for k, s in zip(keys, shapes, strict=True))
+
+
+def by_formula(q, k, v, causal):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = np.einsum("blhd,bmhd->bhlm", q, k) / np.sqrt(q.shape[-1])
+    if causal:
+        scores = np.where(np.tri(q.shape[1], dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhlm,bmhd->blhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def gradient_by_formula(q, k, v, g, causal):
+    """By central differences along random directions: what `<g, out>` gains per step."""
+    rng = np.random.default_rng(0)
+    for at in range(3):
+        args = [np.asarray(x, np.float64) for x in (q, k, v)]
+        way = rng.normal(size=args[at].shape)
+        ends = []
+        for sign in (1, -1):
+            moved = list(args)
+            moved[at] = args[at] + sign * 1e-5 * way
+            ends.append(np.sum(np.asarray(g, np.float64) * by_formula(*moved, causal)))
+        yield way, (ends[0] - ends[1]) / 2e-5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_value_and_gradient_are_those_of_the_formula(causal, kv_heads):
+    q, k, v, g = draws(kv_heads=kv_heads)
+    out, pull = jax.vjp(functools.partial(attend, causal=causal), q, k, v)
+    np.testing.assert_allclose(out, by_formula(q, k, v, causal), rtol=2e-5, atol=2e-6)
+    for gradient, (way, slope) in zip(pull(g), gradient_by_formula(q, k, v, g, causal), strict=True):
+        np.testing.assert_allclose(np.sum(np.asarray(gradient) * way), slope, rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_as_near_the_formula_as_its_products_allow(dtype, causal):
+    q, k, v, g = draws(dtype=dtype)
+    out, pull = jax.vjp(functools.partial(attend, causal=causal), q, k, v)
+    assert out.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    # One rounding of the result, and one of each weight, whose sum is 1, times the largest of v.
+    np.testing.assert_allclose(np.asarray(out, np.float64), by_formula(q, k, v, causal), atol=eps * np.abs(v).max())
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    _, exact = jax.vjp(functools.partial(attend, causal=causal), *wide)
+    for got, want in zip(pull(g), exact(g.astype(jnp.float32)), strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=4 * eps * np.abs(want).max())
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    q, k, v, g = draws(scale=60.0)
+    out, pull = jax.vjp(functools.partial(attend, causal=True), q, k, v)
+    np.testing.assert_allclose(out, by_formula(q, k, v, True), rtol=1e-3, atol=1e-2)
+    assert all(np.isfinite(x).all() for x in pull(g))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_gradient_keeps_no_weights(causal):
+    length = 24
+    _, pull = jax.vjp(functools.partial(attend, causal=causal), *draws(length=length)[:3])
+    kept = [x.shape for x in jax.tree.leaves(pull)]
+    assert len(kept) == 5
+    assert not [shape for shape in kept if shape[-2:] == (length, length)]
+
+
+def test_a_query_attends_to_its_past_as_in_the_whole_text():
+    q, k, v, _ = draws()
+    whole = attend(q, k, v, causal=True)
+    for position in (0, 7, 23):
+        alone = attention.attend_to_past(q[:, position : position + 1], k, v, jnp.int32(position))
+        np.testing.assert_allclose(alone[:, 0], whole[:, position], rtol=2e-5, atol=1e-6)
