@@ -113,11 +113,13 @@ def test_visiting_the_vocabulary_in_chunks_changes_no_number(algo):
         "tokens": jax.random.randint(keys[0], (4, 16), 0, VOCAB - 1),
         "mask": (jax.random.uniform(keys[1], (4, 16)) < 0.8).astype(jnp.float32),
     }
-    nets = [network(algo=algo, head_mib=mib) for mib in (0, 256)]
-    params, teacher = (
-        jax.tree.map(lambda w, key=key: w + 0.1 * jax.random.normal(key, w.shape), nets[0].init(keys[2]))
-        for key in keys[:2]
-    )
+    nets = [network(algo=algo, head_mib=mib, blocks=1) for mib in (0, 256)]
+
+    @jax.jit
+    def weights(key):
+        return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(key, w.shape), nets[0].init(keys[2]))
+
+    params, teacher = (weights(key) for key in keys[:2])
 
     def value_and_grad(net):
         loss_fn = objectives.training_loss(config, net)(teacher)

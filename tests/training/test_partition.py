@@ -8,39 +8,43 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, command, make_config, run, tiny_settings
+from helpers import ROOT, make_config, tiny_settings
 
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
 from duo_jax.training import partition
 
-# Takes three train steps on a mesh, and prints the losses and what the largest arrays look like on the first device.
+# Takes three train steps of each run, and prints the losses and what the largest arrays look like on the first device.
 STEPS = """
 import json, sys
 import jax, numpy as np
 from duo_jax.training import loop, partition
 from duo_jax.training.run import Run
 from helpers import make_config
-config = make_config(json.loads(sys.argv[1]))
-with Run.open(config, sys.argv[2]) as run:
-    initial, step, _ = loop.compile_step(config, run.network, run.mesh)
-    state, losses = initial(run.start_from()), []
-    for _ in range(3):
-        state, metrics = step(state, partition.put(next(run.batches), run.mesh))
-        losses.append(float(metrics["loss"]))
-    kernel = state.params["block_0"]["mlp_in"]["kernel"]
-    moment = jax.tree.leaves(state.opt_state[1][0].mu["block_0"]["mlp_in"]["kernel"])[0]
-    print(json.dumps({
-        "losses": losses,
-        "devices": run.mesh.size,
-        "compiled": step._cache_size(),
-        "share": [x.addressable_shards[0].data.size / x.size for x in (kernel, moment)],
-        "sum": float(sum(np.abs(np.asarray(x)).sum() for x in jax.tree.leaves(state.ema))),
-    }))
+
+def steps(settings):
+    config = make_config(settings)
+    with Run.open(config, sys.argv[2]) as run:
+        initial, step, _ = loop.compile_step(config, run.network, run.mesh)
+        state, losses = initial(run.start_from()), []
+        for _ in range(3):
+            state, metrics = step(state, partition.put(next(run.batches), run.mesh))
+            losses.append(float(metrics["loss"]))
+        kernel = state.params["block_0"]["mlp_in"]["kernel"]
+        moment = jax.tree.leaves(state.opt_state[1][0].mu["block_0"]["mlp_in"]["kernel"])[0]
+        return {
+            "losses": losses,
+            "devices": run.mesh.size,
+            "compiled": step._cache_size(),
+            "share": [x.addressable_shards[0].data.size / x.size for x in (kernel, moment)],
+            "sum": float(sum(np.abs(np.asarray(x)).sum() for x in jax.tree.leaves(state.ema))),
+        }
+
+print(json.dumps([steps(settings) for settings in json.loads(sys.argv[1])]))
 """
 
 
-def steps(settings, workdir, devices):
+def steps(workdir, *settings, devices):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -53,23 +57,18 @@ def steps(settings, workdir, devices):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_four_devices_compute_what_one_does(text_folder, tmp_path):
-    settings = {**tiny_settings(text_folder), "algo.name": "duo", "model.dim": 128, "model.head_mib": 1}
-    settings["algo.curriculum.kind"] = "full"
-    one = steps(settings, tmp_path, devices=1)
-    data = steps(settings, tmp_path, devices=4)
-    fsdp = steps({**settings, "mesh.fsdp": 2}, tmp_path, devices=4)
+def test_four_devices_compute_what_one_does(trained, text_folder, tmp_path):
+    tiny = tiny_settings(text_folder)
+    settings = {**tiny, "algo.name": "duo", "algo.curriculum.kind": "full", "model.head_mib": 1}
+    settings |= {"model.dim": 128, "model.blocks": 1}  # large enough to be split
+    distil = {**tiny, "algo.name": "dcd", "init_from": str(trained), "mesh.fsdp": 2}
+    (one,) = steps(tmp_path, settings, devices=1)
+    data, fsdp, distilled = steps(tmp_path, settings, {**settings, "mesh.fsdp": 2}, distil, devices=4)
     assert (one["devices"], data["devices"], fsdp["devices"]) == (1, 4, 4)
     for other in (data, fsdp):
         np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-5)
         np.testing.assert_allclose(other["sum"], one["sum"], rtol=1e-5)
         assert other["compiled"] == 1
-    source = tmp_path / "source"
-    result = run(
-        command("configs/quickstart.py", source, {**settings, "train.steps": 1, "eval.every": 0, "sample.every": 0})
-    )
-    assert result.returncode == 0, result.stderr
-    distilled = steps({**settings, "algo.name": "dcd", "init_from": str(source), "mesh.fsdp": 2}, tmp_path, devices=4)
     assert np.isfinite(distilled["losses"]).all()
     assert one["share"] == data["share"] == [1.0, 1.0]
     assert fsdp["share"] == [0.5, 0.5]
