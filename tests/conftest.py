@@ -50,5 +50,5 @@ def trained(text_folder, tmp_path_factory):
     from duo_jax.training import loop
 
     workdir = tmp_path_factory.mktemp("trained")
-    loop.train(helpers.make_config(helpers.tiny_settings(text_folder)), str(workdir))
+    loop.train(helpers.make_config(helpers.trained_settings(text_folder)), str(workdir))
     return workdir

@@ -28,7 +28,7 @@ def tiny_settings(folder: Path) -> dict:
     """Returns the settings that make a run tiny; `folder` holds `text.jsonl` and takes the shards."""
     return {
         "precision": "float32", "algo.name": "duo_base",
-        "model.size": "nano", "model.dim": 32, "model.blocks": 2, "model.heads": 2, "model.cond_dim": 16,
+        "model.size": "nano", "model.dim": 32, "model.blocks": 1, "model.heads": 2, "model.cond_dim": 16,
         "model.length": 32, "model.dropout": 0.1,
         "data.source": "text", "data.path": str(folder / "text.jsonl"), "data.dir": str(folder / "shards"),
         "data.tokenizer": "bpe", "data.bpe_size": 300,
@@ -38,6 +38,11 @@ def tiny_settings(folder: Path) -> dict:
         "sample.every": 10, "sample.n_steps": 4, "sample.batch_size": 2,
         "checkpoint.every": 5,
     }  # fmt: skip
+
+
+def trained_settings(folder: Path) -> dict:
+    """Returns the settings of the fixture `trained`, whose network has two blocks to be told apart."""
+    return {**tiny_settings(folder), "model.blocks": 2}
 
 
 def make_config(settings: dict):

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import command, run, tiny_settings
+from helpers import command, run, trained_settings
 
 import duo_jax
 from duo_jax import sampling
@@ -124,7 +124,7 @@ def test_scores_that_cannot_be_are_refused(params):
 def test_eval_and_sample_from_the_command_line(trained, text_folder, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir)
-    settings = tiny_settings(text_folder)
+    settings = trained_settings(text_folder)
     first = run(command("configs/quickstart.py", workdir, {**settings, "mode": "eval"}))
     assert first.returncode == 0, first.stderr
     assert "held-out tokens of text" in first.stdout

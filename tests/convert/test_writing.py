@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch_files
-from helpers import command, make_config, run, tiny_settings
+from helpers import command, make_config, run, trained_settings
 from safetensors import SafetensorError
 from torch_files import equal, lightning
 
@@ -76,7 +76,7 @@ def test_the_command_then_sampling_and_evaluation(tmp_path, state, text_folder, 
     done = run([python, *args, *flags])
     assert done.returncode == 0, done.stderr
     assert "duo_base, 2 blocks of width 32 with 2 heads, 32 tokens, 300 ids" in done.stdout
-    settings = {**tiny_settings(text_folder), "mode": "eval"}
+    settings = {**trained_settings(text_folder), "mode": "eval"}
     done = run(command("configs/quickstart.py", out, settings))
     assert done.returncode == 0, done.stderr
     figures = json.loads((out / "eval.json").read_text())
@@ -91,7 +91,7 @@ def test_the_command_then_sampling_and_evaluation(tmp_path, state, text_folder, 
 def test_training_starts_from_a_converted_folder(tmp_path, text_folder, params):
     duo_jax.export(params, tmp_path / "out")
     assert checkpoint.read(tmp_path / "out")[1] == {}
-    settings = {**tiny_settings(text_folder), "init_from": str(tmp_path / "out"), "train.steps": 1, "train.lr": 0.0}
+    settings = {**trained_settings(text_folder), "init_from": str(tmp_path / "out"), "train.steps": 1, "train.lr": 0.0}
     loop.train(make_config({**settings, "sample.every": 0, "eval.every": 0}), str(tmp_path / "run"))
     equal(duo_jax.load(tmp_path / "run", ema=False).weights, params.weights)
 

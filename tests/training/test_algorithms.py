@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import make_config, tiny_settings
+from helpers import make_config, tiny_settings, trained_settings
 
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
@@ -50,7 +50,7 @@ def test_an_algorithm_trains(text_folder, tmp_path, name):
 
 def test_distillation_starts_from_a_trained_network_and_renews_its_teacher(trained, text_folder, tmp_path):
     settings = {
-        **tiny_settings(text_folder),
+        **trained_settings(text_folder),
         "algo.name": "dcd",
         "init_from": str(trained),
         "algo.distillation.round_length": 10,
@@ -74,7 +74,7 @@ def test_distillation_starts_from_a_trained_network_and_renews_its_teacher(train
 
 def test_distillation_resumes_with_its_teacher(trained, text_folder, tmp_path):
     settings = {
-        **tiny_settings(text_folder),
+        **trained_settings(text_folder),
         "algo.name": "dcd",
         "init_from": str(trained),
         "algo.distillation.round_length": 6,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import ROOT, command, make_config, run, tiny_settings
+from helpers import ROOT, command, make_config, run, tiny_settings, trained_settings
 
 from duo_jax.errors import UserError
 from duo_jax.training import checkpoint, loop, writers
@@ -130,7 +130,7 @@ def test_another_runs_checkpoint_is_refused(trained, text_folder):
 def test_a_finished_run_reports_again_and_changes_nothing(trained, text_folder, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
-    loop.train(make_config(tiny_settings(text_folder)), str(copy))
+    loop.train(make_config(trained_settings(text_folder)), str(copy))
     assert "Done: 20 steps, 0 of them now" in capsys.readouterr().out
     assert_same_state(trained, copy, 20)
     assert (copy / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
@@ -143,7 +143,7 @@ def test_what_was_due_with_the_last_checkpoint_is_done_on_resuming(trained, text
     rows = writers.read_jsonl(copy / "metrics.jsonl")
     kept = [row for row in rows if not (row["step"] == 20 and "heldout/ppl" in row)]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    loop.train(make_config({**tiny_settings(text_folder), "train.steps": 25}), str(copy))
+    loop.train(make_config({**trained_settings(text_folder), "train.steps": 25}), str(copy))
     assert [row["step"] for row in writers.read_jsonl(copy / "metrics.jsonl") if "heldout/ppl" in row] == [10, 20, 25]
 
 

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, make_config, tiny_settings
+from helpers import ROOT, make_config, tiny_settings, trained_settings
 
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
@@ -58,7 +58,7 @@ def steps(workdir, *settings, devices):
 
 
 def test_four_devices_compute_what_one_does(trained, text_folder, tmp_path):
-    tiny = tiny_settings(text_folder)
+    tiny = trained_settings(text_folder)
     settings = {**tiny, "algo.name": "duo", "algo.curriculum.kind": "full", "model.head_mib": 1}
     settings |= {"model.dim": 128, "model.blocks": 1}  # large enough to be split
     distil = {**tiny, "algo.name": "dcd", "init_from": str(trained), "mesh.fsdp": 2}
