@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, make_config, tiny_settings
+from helpers import ROOT, make_config, trained_settings
 from known_joint import FALSE_ALARM, p_value
 
 import duo_jax
@@ -352,7 +352,7 @@ def test_the_sample_mode_writes_what_was_asked(trained, text_folder, tmp_path, c
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir)
     chosen = {"n_steps": 3, "prompt": "The town", "num": 5, "batch_size": 2, "sampler": "psi", "psi.low": "pure-pc"}
-    config = make_config(tiny_settings(text_folder) | {f"sample.{name}": value for name, value in chosen.items()})
+    config = make_config(trained_settings(text_folder) | {f"sample.{name}": value for name, value in chosen.items()})
     modes.sample(config, str(workdir))
     rows = [json.loads(line) for line in (workdir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 5
