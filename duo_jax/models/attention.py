@@ -115,12 +115,12 @@ _as_it_is = jax.lax.optimization_barrier
 
 def _by_head(x: jax.Array) -> jax.Array:
     """`[B, L, H, head_dim]` to `[B H, L, head_dim]`, for good: on a CPU XLA sums over four dimensions with one thread."""
-    return _as_it_is(jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3]))
+    return _as_it_is(jnp.moveaxis(x, 2, 1).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3]))
 
 
 def _by_token(x: jax.Array, batch: int) -> jax.Array:
     """Undoes `_by_head`."""
-    return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
+    return jnp.moveaxis(x.reshape(batch, len(x) // max(batch, 1), *x.shape[1:]), 1, 2)
 
 
 def _product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:

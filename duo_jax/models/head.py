@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-Head = dict[str, jax.Array]  # kernel [D, K] and bias [K], but in `as_rows`
+Head = dict[str, jax.Array]  # kernel [D, K] and bias [K]
+Transposed = dict[str, jax.Array]  # kernel [K, D], in the compute type, and bias [K]
 
 _WHOLE = PartitionSpec()  # of what every device holds whole
 _LARGEST_HALF = float(jnp.finfo(jnp.float16).max)
@@ -76,16 +77,16 @@ def logits(hidden: jax.Array, head: Head, dtype: jnp.dtype) -> jax.Array:
     return _project(hidden, head["kernel"], head["bias"], jnp.dtype(dtype))
 
 
-def as_rows(head: Head, dtype: jnp.dtype) -> Head:
-    """Returns a head with `rows [K, D]` in `dtype` in place of its kernel, for the many products of `logits_by_rows`."""
-    return {"rows": head["kernel"].astype(dtype).T, "bias": head["bias"]}
+def transposed(head: Head, dtype: jnp.dtype) -> Transposed:
+    """Returns a head for the many products of `logits_of_transposed`."""
+    return {"kernel": head["kernel"].astype(dtype).T, "bias": head["bias"]}
 
 
-def logits_by_rows(hidden: jax.Array, head: Head) -> jax.Array:
-    """Returns `logits` of a head from `as_rows`: 8% faster on a CPU, and a half-precision copy of the head is made once."""
-    rows = head["rows"]
+def logits_of_transposed(hidden: jax.Array, head: Transposed) -> jax.Array:
+    """Returns what `logits` does: 8% sooner on a CPU, and a half-precision copy of the head is made once for all."""
+    kernel = head["kernel"]
     contracted = (((hidden.ndim - 1,), (1,)), ((), ()))
-    product = jax.lax.dot_general(hidden.astype(rows.dtype), rows, contracted, preferred_element_type=jnp.float32)
+    product = jax.lax.dot_general(hidden.astype(kernel.dtype), kernel, contracted, preferred_element_type=jnp.float32)
     return product + head["bias"]
 
 

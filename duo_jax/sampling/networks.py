@@ -29,7 +29,7 @@ def denoiser(network: Network, weights: Any, *, mesh: Mesh | None = None) -> eng
     to its log-score. `mesh` holds the devices over which the rows are split; None for one.
     """
     algo = network.algo
-    rows = head.as_rows(weights["head"], network.dtype)  # once for all steps
+    reader = head.transposed(weights["head"], network.dtype)  # once for all steps
 
     def told(sigma: jax.Array) -> jax.Array:
         if algo == "mdlm":
@@ -41,21 +41,21 @@ def denoiser(network: Network, weights: Any, *, mesh: Mesh | None = None) -> eng
     ) -> Any:
         hidden = tuple(network.hidden(weights, network.embed(weights, z), told(sigma)) for z in states)
 
-        def visit(rows: head.Head, hidden: tuple, states: tuple, alpha: jax.Array, *per_token: Any) -> Any:
-            logits = tuple(head.logits_by_rows(h, rows) for h in hidden)
+        def visit(reader: head.Transposed, hidden: tuple, states: tuple, alpha: jax.Array, *per_token: Any) -> Any:
+            logits = tuple(head.logits_of_transposed(h, reader) for h in hidden)
             if algo == "sedd":
                 logits = tuple(
                     absorbing.sedd_log_score(values, z, alpha) for values, z in zip(logits, states, strict=True)
                 )
             return visitor(logits, *per_token)
 
-        def on_device(rows: head.Head, asked: jax.Array, *per_token: Any) -> Any:
+        def on_device(reader: head.Transposed, asked: jax.Array, *per_token: Any) -> Any:
             fits = head.tokens_at_once(len(states) * network.vocab_size, network.head_budget)
             chunk = min(fits, max(_FEWEST, -(-asked.size // 4)))
-            return head.of_some(functools.partial(visit, rows), asked, *per_token, chunk=chunk)
+            return head.of_some(functools.partial(visit, reader), asked, *per_token, chunk=chunk)
 
         alpha = spread(jnp.exp(-sigma), asked.shape)
-        args = rows, asked, hidden, states, alpha, *per_token
+        args = reader, asked, hidden, states, alpha, *per_token
         return head.on_rows(on_device, mesh, whole=1, rows=len(args) - 1)(*args)
 
     return denoise

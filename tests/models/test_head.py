@@ -153,12 +153,12 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_a_head_by_rows_gives_the_same_logits(dtype):
+def test_a_transposed_head_gives_the_same_logits(dtype):
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"kernel": jax.random.normal(keys[0], (16, 37)), "bias": jax.random.normal(keys[1], 37)}
     hidden = jax.random.normal(keys[2], (2, 5, 16))
-    rows = head.as_rows(params, dtype)
-    assert rows["rows"].dtype == dtype
-    got, want = head.logits_by_rows(hidden, rows), head.logits(hidden, params, dtype)
+    reader = head.transposed(params, dtype)
+    assert reader["kernel"].dtype == dtype
+    got, want = head.logits_of_transposed(hidden, reader), head.logits(hidden, params, dtype)
     assert got.dtype == want.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -22,6 +22,8 @@ from duo_jax.training import loop, partition
 from duo_jax.training.run import Run
 from helpers import make_config
 
+partition._SMALLEST_SPLIT = 2**11  # so that a tiny network's arrays are split as a large one's are
+
 def steps(settings):
     config = make_config(settings)
     with Run.open(config, sys.argv[2]) as run:
@@ -30,13 +32,13 @@ def steps(settings):
         for _ in range(3):
             state, metrics = step(state, partition.put(next(run.batches), run.mesh))
             losses.append(float(metrics["loss"]))
-        kernel = state.params["block_0"]["mlp_in"]["kernel"]
-        moment = jax.tree.leaves(state.opt_state[1][0].mu["block_0"]["mlp_in"]["kernel"])[0]
+        trees = state.params, state.opt_state[1][0].mu, state.teacher or state.ema
+        kernels = [jax.tree.leaves(tree["block_0"]["mlp_in"]["kernel"])[0] for tree in trees]
         return {
             "losses": losses,
             "devices": run.mesh.size,
             "compiled": step._cache_size(),
-            "share": [x.addressable_shards[0].data.size / x.size for x in (kernel, moment)],
+            "share": [x.addressable_shards[0].data.size / x.size for x in kernels],
             "sum": float(sum(np.abs(np.asarray(x)).sum() for x in jax.tree.leaves(state.ema))),
         }
 
@@ -59,8 +61,7 @@ def steps(workdir, *settings, devices):
 
 def test_four_devices_compute_what_one_does(trained, text_folder, tmp_path):
     tiny = trained_settings(text_folder)
-    settings = {**tiny, "algo.name": "duo", "algo.curriculum.kind": "full", "model.head_mib": 1}
-    settings |= {"model.dim": 128, "model.blocks": 1}  # large enough to be split
+    settings = {**tiny, "algo.name": "duo", "algo.curriculum.kind": "full", "model.blocks": 1, "model.head_mib": 1}
     distil = {**tiny, "algo.name": "dcd", "init_from": str(trained), "mesh.fsdp": 2}
     (one,) = steps(tmp_path, settings, devices=1)
     data, fsdp, distilled = steps(tmp_path, settings, {**settings, "mesh.fsdp": 2}, distil, devices=4)
@@ -70,8 +71,9 @@ def test_four_devices_compute_what_one_does(trained, text_folder, tmp_path):
         np.testing.assert_allclose(other["sum"], one["sum"], rtol=1e-5)
         assert other["compiled"] == 1
     assert np.isfinite(distilled["losses"]).all()
-    assert one["share"] == data["share"] == [1.0, 1.0]
-    assert fsdp["share"] == [0.5, 0.5]
+    # Weights, first moments, and the average or, in distillation, the teacher.
+    assert one["share"] == data["share"] == [1.0, 1.0, 1.0]
+    assert fsdp["share"] == distilled["share"] == [0.5, 0.5, 0.5]
 
 
 def test_a_batch_or_mesh_that_does_not_divide_is_refused():
