@@ -93,8 +93,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, requested:
     if backend(requested, q.dtype.name, q.shape[-1]) == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     shared = q.shape[2] // k.shape[2]
-    rows = (_by_head(jnp.repeat(x, shared, axis=2) if shared > 1 else x) for x in (k, v))
-    return _by_token(_attention(_by_head(q), *rows, causal), q.shape[0])
+    keys_values = (_by_head(jnp.repeat(x, shared, axis=2) if shared > 1 else x) for x in (k, v))
+    return _by_token(_attention(_by_head(q), *keys_values, causal), q.shape[0])
 
 
 def attend_to_past(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
