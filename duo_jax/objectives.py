@@ -329,12 +329,13 @@ def dcd(this: Objective, teacher: Weights) -> LossFn:
             sigma = schedules.sigma(gaussian.alpha(t, net.vocab_size)[0])
             return net.hidden(weights, net.embed(weights, z), sigma, dropout)
 
-        def compare(student: jax.Array, theirs: jax.Array, head: Weights) -> jax.Array:
-            return divergence(student, net.logits({"head": head}, theirs))
+        def compare(student: jax.Array, theirs: jax.Array, reader: head.Head) -> jax.Array:
+            return divergence(student, head.readable_logits(theirs, reader))
 
         student = hidden(params, z_t, t, this.dropout(key_dropout))
         theirs = hidden(teacher, z_s, s, None)
-        return this.mean(params, student, batch["mask"], compare, theirs, constants=(teacher["head"],), networks=2)
+        reader = head.readable(teacher["head"], net.dtype)  # once for all chunks
+        return this.mean(params, student, batch["mask"], compare, theirs, constants=(reader,), networks=2)
 
     return loss_fn
 
@@ -403,7 +404,8 @@ def ar(this: Objective) -> LossFn:
     def loss_fn(params: Weights, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         del step
         x = batch["tokens"]
-        hidden = this.hidden(params, key, x[:, :-1], None)
+        # All of x, though the last prediction is of no use: attention and products are made for even lengths.
+        hidden = this.hidden(params, key, x, None)[:, :-1]
         return this.mean(params, hidden, batch["mask"][:, 1:], visitor, x[:, 1:])
 
     return loss_fn

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from duo_jax.diffusion import categorical
-from duo_jax.diffusion.arrays import as_float, map_keys, per_token, take
+from duo_jax.diffusion.arrays import as_float, is_entry, map_keys, per_token, take
 from duo_jax.diffusion.categorical import IMPOSSIBLE, nll, without
 from duo_jax.diffusion.special import excess
 from duo_jax.errors import UserError
@@ -158,8 +158,7 @@ def sedd_nelbo(
     alpha, dalpha = (as_float(per_token(value, x.shape)) for value in (alpha_t, dalpha_t))
     log_rate = -_log_expm1_sigma(alpha)
     log_score = as_float(log_score)
-    ids = jax.lax.broadcasted_iota(jnp.int32, log_score.shape, log_score.ndim - 1)
-    others = (ids != mask_id) & (ids != x[..., None])
+    others = ~is_entry(mask_id, log_score) & ~is_entry(x, log_score)
     log_y = take(log_score, x) - log_rate
     entropy = jnp.sum(jnp.where(others, jnp.exp(log_score), 0.0), axis=-1)
     entropy = entropy + jnp.exp(log_rate) * excess(jnp.expm1(log_y), log_y)

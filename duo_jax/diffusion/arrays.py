@@ -37,9 +37,41 @@ def map_keys(function: Callable[[jax.Array], Any], keys: jax.Array) -> Any:
     return jax.tree.map(lambda out: out.reshape(keys.shape + out.shape[1:]), outputs)
 
 
+def is_entry(ids: jax.typing.ArrayLike, values: jax.Array) -> jax.Array:
+    """Whether an entry of `values [..., K]` is that of its row's `ids [...]`, or of the one id of all rows."""
+    return jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1) == jnp.asarray(ids)[..., None]
+
+
+@jax.custom_vjp
 def take(values: jax.Array, ids: jax.Array) -> jax.Array:
     """The entry of `values [..., K]` at `ids [...]`, shape `[...]`."""
     return jnp.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
+
+
+def _take_forward(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple]:
+    return take(values, ids), (values, ids)
+
+
+def _take_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    """Left to itself, the gradient would be scattered into an array of zeros that nothing else can be fused with."""
+    values, ids = residuals
+    return jnp.where(is_entry(ids, values), cotangent[..., None], 0).astype(values.dtype), None
+
+
+take.defvjp(_take_forward, _take_backward)
+
+
+def anew(x: jax.Array, after: jax.Array) -> jax.Array:
+    """Returns x such that an accelerator computes what is made of it again, once `after` is known; a CPU may keep it.
+
+    For what is made of a chunk's logits and read in several passes, each of which needs a sum that the one before it
+    has found: an accelerator's compiler writes it down and reads it back, which takes longer than the exponentials do.
+    """
+
+    def barrier(x: jax.Array, after: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier((x, after))[0]
+
+    return jax.lax.platform_dependent(x, after, cpu=lambda x, _: x, default=barrier)
 
 
 def as_float(values: jax.typing.ArrayLike) -> jax.Array:

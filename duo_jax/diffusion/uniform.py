@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from duo_jax.diffusion import categorical
-from duo_jax.diffusion.arrays import as_float, check_vocab_size, map_keys, per_token, take, token_keys
+from duo_jax.diffusion.arrays import anew, as_float, check_vocab_size, is_entry, map_keys, per_token, take, token_keys
 from duo_jax.diffusion.special import excess
 from duo_jax.errors import UserError
 
@@ -180,7 +179,8 @@ def nelbo_from_logits(
         f = -alpha' / (K alpha) * sum_{j != i} r_j (y_j - 1 - log y_j),    y_j = r_hat_j / r_j,
 
     a sum of non-negative terms. In this order nothing of order K or 1/alpha cancels: float32 keeps about 1e-6 relative.
-    The exponentials are kept for the backward pass: beside logits and gradient, one temporary of the vocabulary's size.
+    On a CPU the exponentials are kept: beside logits and gradient, one temporary of the vocabulary's size. Elsewhere each
+    pass over the logits takes them anew.
     """
     if not z_t.shape == x.shape == logits.shape[:-1]:
         raise UserError(f"logits {logits.shape}, z_t {z_t.shape} and x {x.shape} do not describe the same tokens")
@@ -203,20 +203,19 @@ class _Terms(NamedTuple):
     log_y_x: jax.Array
 
 
-def _is(ids: jax.Array, logits: jax.Array) -> jax.Array:
-    """Whether an entry of `logits [..., K]` is that of its row's token `ids [...]`."""
-    return lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == ids[..., None]
+def _others(logits: jax.Array, z_t: jax.Array, x: jax.Array, top: jax.Array) -> jax.Array:
+    """e_j = exp(logit_j - top) of the tokens j other than z_t and x, `[..., K]`; 0 at these two."""
+    return jnp.where(is_entry(z_t, logits) | is_entry(x, logits), 0.0, jnp.exp(logits - top[..., None]))
 
 
 def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) -> tuple[_Terms, jax.Array]:
-    """Also e_j = exp(logit_j - top) of the tokens j other than z_t and x, `[..., K]`; 0 at these two."""
+    """Also the largest logit, such that `_others` is computed anew."""
     same = z_t == x
     signal, noise = jnp.maximum(alpha, _MIN_SIGNAL), jnp.maximum(1.0 - alpha, _MIN_NOISE)
     per_noise = logits.shape[-1] / noise
     clean = per_noise * signal
     top = jnp.max(logits, axis=-1)
-    others = jnp.where(_is(z_t, logits) | _is(x, logits), 0.0, jnp.exp(logits - top[..., None]))
-    rest = jnp.sum(others, axis=-1)
+    rest = jnp.sum(_others(logits, z_t, x, top), axis=-1)
     e_i, e_x = jnp.exp(take(logits, z_t) - top), jnp.exp(take(logits, x) - top)
     total = rest + e_i + jnp.where(same, 0.0, e_x)
     # 1 - p_x from the other tokens' mass: 1 - exp(log p_x) would lose it for a confident network.
@@ -236,7 +235,7 @@ def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) ->
         d_x=jnp.where(same, 0.0, d_x),
         log_y_x=jnp.where(same, 0.0, _log_ratio(d_x, s_x, -jnp.log1p(s_i) - jnp.log1p(clean))),
     )
-    return terms, others
+    return terms, anew(top, rest)
 
 
 def _log_ratio(
@@ -262,37 +261,38 @@ def _nelbo_forward(
     logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array, dalpha: jax.Array
 ) -> tuple[jax.Array, tuple]:
     values = as_float(logits)
-    terms, others = _terms(values, z_t, x, alpha)
-    s, d = _s_and_d(others, terms)
+    terms, top = _terms(values, z_t, x, alpha)
+    s, d = _s_and_d(_others(values, z_t, x, top), terms)
     # Where z_t = x the gain is at least 1 and so is every y, and this is not looked at.
     log_gain = -jnp.log1p(terms.s_i)[..., None]
     # log1p would cost twice as much, for digits that matter only near d = 0, where this is not looked at either.
     gaps = excess(d, _log_ratio(d, s, log_gain, lambda v: jnp.log(1.0 + v)))
-    gaps = jnp.sum(jnp.where(_is(z_t, others) | _is(x, others), 0.0, gaps), axis=-1)
+    gaps = jnp.sum(jnp.where(is_entry(z_t, values) | is_entry(x, values), 0.0, gaps), axis=-1)
     bound = terms.rate * gaps + (1.0 + terms.clean) * excess(terms.d_x, terms.log_y_x)
     scale = -dalpha / (values.shape[-1] * jnp.maximum(alpha, _MIN_SIGNAL))
-    return scale * bound, (others, z_t, x, alpha, dalpha, terms, gaps, bound, jnp.zeros((), logits.dtype))
+    return scale * bound, (logits, z_t, x, alpha, dalpha, terms, gaps, bound, top)
 
 
 def _nelbo_backward(residuals: tuple, cotangent: jax.Array) -> tuple:
     """The gradient in closed form, from dF/ds_j = (r_hat_j - r_j) / (1 + s_j) for j != i; exact in every argument."""
-    others, z_t, x, alpha, dalpha, terms, gaps, bound, like = residuals
-    vocab_size = others.shape[-1]
+    logits, z_t, x, alpha, dalpha, terms, gaps, bound, top = residuals
+    values, vocab_size = as_float(logits), logits.shape[-1]
     same = z_t == x
     signal, noise = jnp.maximum(alpha, _MIN_SIGNAL), jnp.maximum(1.0 - alpha, _MIN_NOISE)
     scale = -dalpha / (vocab_size * signal)
 
     # s_j dF/ds_j at i, at x and at the others; then through the softmax.
-    s, d = _s_and_d(others, terms)
+    s, d = _s_and_d(_others(values, z_t, x, top), terms)
     pull = jnp.sum(d * (s / (1.0 + s)), axis=-1)
+    s, d = _s_and_d(_others(values, z_t, x, anew(top, pull)), terms)
     at_i = -terms.drift * (terms.s_i / (1.0 + terms.s_i))
     at_x = (1.0 + terms.clean) * terms.d_x * (terms.s_x / (1.0 + terms.s_x))
     total = terms.rate * pull + at_x + at_i
     weight = cotangent * scale
     share = total / terms.clean
     d_logits = terms.rate[..., None] * d * (s / (1.0 + s)) - s * share[..., None]
-    d_logits = jnp.where(_is(x, others), (at_x - terms.s_x * share)[..., None], d_logits)
-    d_logits = jnp.where(_is(z_t, others), (at_i - terms.s_i * share)[..., None], d_logits)
+    d_logits = jnp.where(is_entry(x, values), (at_x - terms.s_x * share)[..., None], d_logits)
+    d_logits = jnp.where(is_entry(z_t, values), (at_i - terms.s_i * share)[..., None], d_logits)
     d_logits = weight[..., None] * d_logits
 
     # alpha enters through the scale and through s: by the prediction (total / clean) and by the true ratios r_j.
@@ -300,7 +300,7 @@ def _nelbo_backward(residuals: tuple, cotangent: jax.Array) -> tuple:
     by_truth = jnp.where(same, terms.rate**2 * sum_log_y, -terms.log_y_x)
     d_alpha = scale * (vocab_size / noise**2 * (share + by_truth) - bound / signal)
     d_dalpha = -bound / (vocab_size * signal)
-    return d_logits.astype(like.dtype), None, None, cotangent * d_alpha, cotangent * d_dalpha
+    return d_logits.astype(logits.dtype), None, None, cotangent * d_alpha, cotangent * d_dalpha
 
 
 _nelbo.defvjp(_nelbo_forward, _nelbo_backward)

@@ -8,61 +8,59 @@ import logging
 import jax
 import jax.numpy as jnp
 
+from duo_jax import hardware
 from duo_jax.errors import UserError
+from duo_jax.hardware import Hardware
 
 log = logging.getLogger(__name__)
 
 
-def choose(
-    requested: str, *, platform: str, compute_capability: float, dtype: jnp.dtype, head_dim: int
-) -> tuple[str, str]:
+def choose(requested: str, device: Hardware, *, dtype: jnp.dtype, head_dim: int, length: int) -> tuple[str, str]:
     """Returns who computes attention, `"cudnn"` or `"xla"`, and why.
 
     cuDNN needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, bfloat16 or float16, and a head size that is a
-    multiple of 8 and at most 128 (256 on Hopper, 9.0).
+    multiple of 8 and at most 128 (256 on Hopper, 9.0). JAX refuses it the gradient of an odd length.
 
     Args:
         requested: `auto`, `xla` or `cudnn`.
-        platform: `cpu`, `gpu`, `tpu`, as JAX names them.
-        compute_capability: of the GPU, such as 7.5 for a T4; 0 where there is none.
+        device: what attention is computed on.
         dtype: of queries, keys and values.
         head_dim: the size of one head.
+        length: of the text.
 
     Raises:
         UserError: cuDNN was asked for by name and cannot do it.
     """
     if requested == "xla":
         return "xla", "as asked"
-    obstacle = None
-    if platform not in ("gpu", "cuda"):
-        obstacle = f"the device is a {platform}, not an NVIDIA GPU"
-    elif compute_capability < 8:
-        obstacle = f"the GPU's compute capability {compute_capability} is below 8.0"
+    obstacle, capability = None, device.compute_capability
+    if device.platform not in ("gpu", "cuda"):
+        obstacle = f"the device is a {device.platform}, not an NVIDIA GPU"
+    elif capability < 8:
+        obstacle = f"the GPU's compute capability {capability} is below 8.0"
     elif dtype not in (jnp.bfloat16, jnp.float16):
         obstacle = f"the compute type is {jnp.dtype(dtype).name}, not bfloat16 or float16"
-    elif head_dim % 8 or head_dim > (256 if compute_capability >= 9 else 128):
+    elif head_dim % 8 or head_dim > (256 if capability >= 9 else 128):
         obstacle = f"a head size of {head_dim} is not supported"
+    elif length % 2:
+        obstacle = f"the length {length} is odd"
     if obstacle is None:
-        return "cudnn", "as asked" if requested == "cudnn" else "the device, type and head size allow it"
+        return "cudnn", "as asked" if requested == "cudnn" else "the device, type, head size and length allow it"
     if requested == "cudnn":
         raise UserError(f"config.model.attention is 'cudnn', but {obstacle}; use 'xla' or 'auto'.")
     return "xla", obstacle
 
 
-@functools.cache
-def backend(requested: str, dtype_name: str, head_dim: int) -> str:
-    """Returns `choose` for the default device, logged once."""
-    device = jax.devices()[0]
-    capability = float(getattr(device, "compute_capability", 0) or 0)
-    name, why = choose(
-        requested,
-        platform=device.platform,
-        compute_capability=capability,
-        dtype=jnp.dtype(dtype_name),
-        head_dim=head_dim,
-    )
-    log.info("attention: %s (%s)", name, why)
+def backend(requested: str, *, dtype: jnp.dtype, head_dim: int, length: int) -> str:
+    """Returns `choose` for the hardware that is compiled for, each answer logged once."""
+    name, why = choose(requested, hardware.present(), dtype=dtype, head_dim=head_dim, length=length)
+    _tell(name, why)
     return name
+
+
+@functools.cache
+def _tell(name: str, why: str) -> None:
+    log.info("attention: %s (%s)", name, why)
 
 
 def rotary_angles(length: int, head_dim: int, base: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +88,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, requested:
         causal: whether a token sees itself and its past alone.
         requested: see `choose`.
     """
-    if backend(requested, q.dtype.name, q.shape[-1]) == "cudnn":
+    if backend(requested, dtype=q.dtype, head_dim=q.shape[-1], length=q.shape[1]) == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     shared = q.shape[2] // k.shape[2]
     keys_values = (_by_head(jnp.repeat(x, shared, axis=2) if shared > 1 else x) for x in (k, v))
@@ -106,7 +104,7 @@ def attend_to_past(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array
 
 def _operand_type(dtype: jnp.dtype) -> jnp.dtype:
     """A CPU lacks the float16 product with a float32 sum."""
-    return jnp.dtype(jnp.float32 if dtype == jnp.float16 and jax.default_backend() == "cpu" else dtype)
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 and hardware.present().platform == "cpu" else dtype)
 
 
 # XLA would otherwise move a transposition or a reshape into the product beside it, where it costs a CPU more.

@@ -19,6 +19,8 @@ Head = dict[str, jax.Array]  # kernel [D, K] and bias [K]
 Transposed = dict[str, jax.Array]  # kernel [K, D], in the compute type, and bias [K]
 
 _WHOLE = PartitionSpec()  # of what every device holds whole
+# The side of the tiles that matrix units multiply.
+_TILE = 128
 _LARGEST_HALF = float(jnp.finfo(jnp.float16).max)
 # A visitor's intermediates (softmax, log pbar and their gradients) live beside the logits themselves.
 _ARRAYS_PER_CHUNK = 4
@@ -36,45 +38,81 @@ def chunk_length(batch: int, length: int, vocab_size: int, mib: int) -> int:
     return -(-length // chunks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _project(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32) + bias
+def sum_of_rows(x: jax.Array) -> jax.Array:
+    """Returns the sum of `x [..., K]` over all but its last axis, in float32, as a product: a CPU's sum takes 20 times as
+    long.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    ones = jnp.ones(x.shape[0], x.dtype)
+    return jnp.matmul(ones, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _project_forward(
-    hidden: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, tuple]:
-    return _project(hidden, kernel, bias, dtype), (hidden, kernel)
+def readable(head: Head, dtype: jnp.dtype) -> Head:
+    """Returns a head whose kernel `[D, K']` is as products read it: in `dtype`; in half precision K' is rounded up.
+
+    Matrix units want rows of whole tiles. With K = 50,258 each product of a chunk would first copy its operands to such.
+    """
+    kernel = head["kernel"]
+    filling = 0 if dtype == jnp.float32 else -kernel.shape[1] % _TILE
+    return {"kernel": jnp.pad(kernel.astype(dtype), ((0, 0), (0, filling))), "bias": head["bias"]}
 
 
-def _project_backward(
-    dtype: jnp.dtype, residuals: tuple, cotangent: jax.Array
+def products(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns `hidden [..., D] @ kernel [D, K']` of a `readable` head, multiplied in its type and summed in float32."""
+    return jnp.matmul(hidden.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+
+
+def of_products(products: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns the logits `[..., K]` that `products [..., K']` are but for the bias `[K]`."""
+    return products[..., : bias.shape[0]] + bias
+
+
+def readable_logits(hidden: jax.Array, head: Head) -> jax.Array:
+    """Returns the logits `[..., K]` of a `readable` head."""
+    return of_products(products(hidden, head["kernel"]), head["bias"])
+
+
+def products_gradient(
+    hidden: jax.Array, kernel: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both products in `dtype` too: left to itself, a float32 cotangent would draw them to float32, at half the speed."""
-    hidden, kernel = residuals
-    d_bias = sum_of_rows(cotangent)
-    if dtype == jnp.float16:  # beyond its range lies infinity, which no loss scale would cure
+    """Returns the gradients in `hidden`, in a `readable` kernel, and of the rows' sum, from that in `products`: float32.
+
+    The products are in the kernel's type: left to itself, a float32 cotangent would draw them to float32, at half the speed.
+    The rows' sum is of what was rounded to that type too, so that nothing of the vocabulary's size is held in float32.
+    """
+    if kernel.dtype == jnp.float16:  # beyond its range lies infinity, which no loss scale would cure
         cotangent = jnp.clip(cotangent, -_LARGEST_HALF, _LARGEST_HALF)
-    cotangent = cotangent.astype(dtype)
+    cotangent = cotangent.astype(kernel.dtype)
     rows = tuple(range(hidden.ndim - 1))
     product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    d_hidden = product(cotangent, kernel.astype(dtype), (((cotangent.ndim - 1,), (1,)), ((), ())))
-    d_kernel = product(hidden.astype(dtype), cotangent, ((rows, rows), ((), ())))
+    d_hidden = product(cotangent, kernel, (((cotangent.ndim - 1,), (1,)), ((), ())))
+    d_kernel = product(hidden.astype(kernel.dtype), cotangent, ((rows, rows), ((), ())))
+    return d_hidden, d_kernel, sum_of_rows(cotangent)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logits(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return of_products(products(hidden, kernel.astype(dtype)), bias)
+
+
+def _logits_forward(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
+    return _logits(hidden, kernel, bias, dtype), (hidden, kernel)
+
+
+def _logits_backward(
+    dtype: jnp.dtype, residuals: tuple, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    hidden, kernel = residuals
+    d_hidden, d_kernel, d_bias = products_gradient(hidden, kernel.astype(dtype), cotangent)
     return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype), d_bias
 
 
-def sum_of_rows(x: jax.Array) -> jax.Array:
-    """Returns the sum of `x [..., K]` over all but its last axis, as a product: a CPU's sum takes 20 times as long."""
-    x = x.reshape(-1, x.shape[-1])
-    return jnp.matmul(jnp.ones(x.shape[0], x.dtype), x, precision=jax.lax.Precision.HIGHEST)
-
-
-_project.defvjp(_project_forward, _project_backward)
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def logits(hidden: jax.Array, head: Head, dtype: jnp.dtype) -> jax.Array:
     """Returns `hidden [..., D] @ kernel [D, K] + bias [K]`, multiplied in `dtype` and accumulated in float32."""
-    return _project(hidden, head["kernel"], head["bias"], jnp.dtype(dtype))
+    return _logits(hidden, head["kernel"], head["bias"], jnp.dtype(dtype))
 
 
 def transposed(head: Head, dtype: jnp.dtype) -> Transposed:
@@ -224,36 +262,45 @@ class _Pass:
     dtype: jnp.dtype
     mesh: Mesh | None
 
-    def _visit(self, head: Head, hidden: jax.Array, weight: jax.Array, per_token: tuple, constants: tuple) -> jax.Array:
-        out = self.fn(logits(hidden, head, self.dtype), *per_token, *constants)
+    def _visit(
+        self, products: jax.Array, bias: jax.Array, weight: jax.Array, per_token: tuple, constants: tuple
+    ) -> jax.Array:
+        out = self.fn(of_products(products, bias), *per_token, *constants)
         return jnp.sum(jnp.where(weight > 0, weight * out, 0.0))
 
     def value(self, head: Head, hidden: jax.Array, rest: tuple) -> jax.Array:
         """The sum alone."""
         weight, per_token, constants = rest
-        start = jnp.zeros(())
+        reader = readable(head, self.dtype)
 
         def visit(total: jax.Array, piece: tuple) -> tuple[jax.Array, None]:
             hidden, weight, per_token, counts = piece
-            return total + self._visit(head, hidden, weight * counts, per_token, constants), None
+            found = products(hidden, reader["kernel"])
+            return total + self._visit(found, reader["bias"], weight * counts, per_token, constants), None
 
-        total, _ = jax.lax.scan(visit, start, self._pieces(hidden, weight, per_token))
+        total, _ = jax.lax.scan(visit, jnp.zeros(()), self._pieces(hidden, weight, per_token))
         return self._over_devices(total)
 
     def value_and_grad(self, head: Head, hidden: jax.Array, rest: tuple) -> tuple[jax.Array, Head, jax.Array]:
         """The sum and its gradient in `head` and `hidden`."""
         weight, per_token, constants = rest
-        start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, head)
+        reader = readable(head, self.dtype)
+        kernel, bias = reader["kernel"], reader["bias"]
 
         def visit(carry: tuple, piece: tuple) -> tuple[tuple, jax.Array]:
             hidden, weight, per_token, counts = piece
-            value, (d_head, d_hidden) = jax.value_and_grad(self._visit, argnums=(0, 1))(
-                head, hidden, weight * counts, per_token, constants
+            value, cotangent = jax.value_and_grad(self._visit)(
+                products(hidden, kernel), bias, weight * counts, per_token, constants
             )
-            return jax.tree.map(jnp.add, carry, (value, d_head)), d_hidden
+            d_hidden, *d_head = products_gradient(hidden, kernel, cotangent)
+            return jax.tree.map(jnp.add, carry, (value, *d_head)), d_hidden
 
+        start = jnp.zeros(()), jnp.zeros(kernel.shape), jnp.zeros(kernel.shape[1])
         summed, d_hidden = jax.lax.scan(visit, start, self._pieces(hidden, weight, per_token))
-        return *self._over_devices(summed), _join(d_hidden, hidden.shape[1])
+        value, d_kernel, d_bias = self._over_devices(summed)
+        vocab_size = bias.shape[0]
+        d_head = {"kernel": d_kernel[:, :vocab_size], "bias": d_bias[:vocab_size]}
+        return value, d_head, _join(d_hidden, hidden.shape[1])
 
     def _pieces(self, hidden: jax.Array, weight: jax.Array, per_token: tuple) -> tuple:
         # The copies that fill up the last chunk do not count.

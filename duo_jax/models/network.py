@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import struct
 from ml_collections import ConfigDict
 
+from duo_jax import hardware
 from duo_jax.errors import UserError
+from duo_jax.hardware import Hardware
 from duo_jax.models import head
 from duo_jax.models.dit import DiT
 
@@ -98,13 +100,13 @@ class Network:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The compute type on the default device."""
+        """The compute type on the hardware that is compiled for."""
         return compute_dtype(self.precision)
 
     @property
     def head_budget(self) -> int:
-        """MiB for a chunk of logits on the default device: as given, or for what the device is."""
-        return chunk_budget(*_memory()) if self.head_mib is None else self.head_mib
+        """MiB for a chunk of logits: as given, or for what the hardware that is compiled for is."""
+        return chunk_budget(hardware.present()) if self.head_mib is None else self.head_mib
 
     @property
     def module(self) -> DiT:
@@ -165,21 +167,15 @@ class Params:
     tokenizer: str = struct.field(pytree_node=False)
 
 
-def _memory() -> tuple[str, int | None]:
-    """Returns the default device's platform, and its memory in bytes where it tells."""
-    device = jax.local_devices()[0]
-    return device.platform, (device.memory_stats() or {}).get("bytes_limit")
-
-
-def chunk_budget(platform: str, memory: int | None) -> int:
+def chunk_budget(device: Hardware) -> int:
     """Returns the MiB that a chunk of logits may take: 160 on a CPU, else a thirty-second of the memory within 160 to 4096.
 
     A larger chunk is read in fewer, larger products, and a head's gradient is added up in fewer passes; on a CPU it would
     leave the caches.
     """
-    if platform == "cpu":
+    if device.platform == "cpu":
         return 160
-    return 512 if memory is None else min(max(memory // 32 // 2**20, 160), 4096)
+    return 512 if device.memory is None else min(max(device.memory // 32 // 2**20, 160), 4096)
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
@@ -190,15 +186,14 @@ def compute_dtype(precision: str) -> jnp.dtype:
     """
     if precision != "auto":
         return jnp.dtype(precision)
-    device = jax.devices()[0]
-    return fastest_dtype(device.platform, float(getattr(device, "compute_capability", 0) or 0))
+    return fastest_dtype(hardware.present())
 
 
-def fastest_dtype(platform: str, compute_capability: float) -> jnp.dtype:
-    """Returns the compute type for a platform as JAX names it; the capability of an NVIDIA GPU, 0 for anything else."""
-    if platform == "tpu" or compute_capability >= 8:
+def fastest_dtype(device: Hardware) -> jnp.dtype:
+    """Returns the compute type that a device is fastest with."""
+    if device.platform == "tpu" or device.compute_capability >= 8:
         return jnp.dtype(jnp.bfloat16)
-    return jnp.dtype(jnp.float16 if compute_capability >= 7 else jnp.float32)
+    return jnp.dtype(jnp.float16 if device.compute_capability >= 7 else jnp.float32)
 
 
 def count(weights: Weights) -> int:

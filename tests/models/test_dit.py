@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import convert
+from duo_jax import convert, hardware
 from duo_jax.convert import arrays
 from duo_jax.errors import UserError
+from duo_jax.hardware import Hardware
 from duo_jax.models import attention
 from duo_jax.models.dit import DiT, time_features
 from duo_jax.models.network import SIZES, Network, chunk_budget, count, fastest_dtype
@@ -130,20 +131,31 @@ def test_a_fresh_network_is_uniform_and_its_dropout_acts_only_in_training():
     assert not np.allclose(a[:, 6:], b[:, 6:])
 
 
-H100 = {"platform": "gpu", "compute_capability": 9.0, "dtype": jnp.bfloat16, "head_dim": 64}
+H100, T4, CPU = Hardware("gpu", 9.0, 60 * 2**30), Hardware("gpu", 7.5, 11 * 2**30), Hardware("cpu")
+USUAL = {"device": H100, "dtype": jnp.bfloat16, "head_dim": 64, "length": 1024}
 
 
 def test_the_choice_of_attention_is_explicit():
-    assert attention.choose("auto", **H100)[0] == "cudnn"
-    assert attention.choose("xla", **H100)[0] == "xla"
-    for change in (
-        {"compute_capability": 7.5}, {"dtype": jnp.float32}, {"head_dim": 60}, {"head_dim": 512}, {"platform": "cpu"}
+    assert attention.choose("auto", **USUAL)[0] == "cudnn"
+    assert attention.choose("xla", **USUAL)[0] == "xla"
+    for change, expected in (
+        ({"device": T4}, "below 8.0"), ({"device": CPU}, "is a cpu"), ({"dtype": jnp.float32}, "float32"),
+        ({"head_dim": 60}, "head size of 60"), ({"head_dim": 512}, "head size of 512"), ({"length": 1023}, "is odd"),
     ):  # fmt: skip
-        name, why = attention.choose("auto", **{**H100, **change})
+        name, why = attention.choose("auto", **{**USUAL, **change})
         assert name == "xla"
-        with pytest.raises(UserError, match="cudnn"):
-            attention.choose("cudnn", **{**H100, **change})
-        assert why
+        assert expected in why
+        with pytest.raises(UserError, match=expected):
+            attention.choose("cudnn", **{**USUAL, **change})
+
+
+def test_what_is_compiled_for_may_be_absent():
+    here = hardware.present()
+    assert here.platform == jax.default_backend()
+    with hardware.compiling_for(T4):
+        assert (network().dtype, network().head_budget) == (jnp.float32, 352)
+        assert network(precision="auto").dtype == jnp.float16
+    assert hardware.present() == here
 
 
 @pytest.mark.parametrize(("remat", "scan"), [("dots", False), ("blocks", False), ("none", True), ("blocks", True)])
@@ -161,14 +173,14 @@ def test_recomputing_or_scanning_blocks_changes_no_number(remat, scan):
 
 
 def test_the_compute_type_is_what_the_devices_matrix_units_know():
-    assert fastest_dtype("tpu", 0) == fastest_dtype("gpu", 8.0) == fastest_dtype("gpu", 9.0) == jnp.bfloat16
-    assert fastest_dtype("gpu", 7.5) == fastest_dtype("gpu", 7.0) == jnp.float16
-    assert fastest_dtype("cpu", 0) == fastest_dtype("gpu", 6.1) == jnp.float32
+    assert fastest_dtype(Hardware("tpu")) == fastest_dtype(Hardware("gpu", 8.0)) == fastest_dtype(H100) == jnp.bfloat16
+    assert fastest_dtype(T4) == fastest_dtype(Hardware("gpu", 7.0)) == jnp.float16
+    assert fastest_dtype(CPU) == fastest_dtype(Hardware("gpu", 6.1)) == jnp.float32
 
 
 def test_a_chunk_of_logits_has_a_thirty_second_of_the_devices_memory():
-    assert chunk_budget("cpu", None) == chunk_budget("cpu", 2**40) == 160
-    assert chunk_budget("gpu", 60 * 2**30) == 1920
-    assert chunk_budget("gpu", 2**30) == 160
-    assert chunk_budget("tpu", 2**40) == 4096
-    assert chunk_budget("gpu", None) == 512  # a device that does not tell
+    assert chunk_budget(CPU) == chunk_budget(Hardware("cpu", memory=2**40)) == 160
+    assert chunk_budget(H100) == 1920
+    assert chunk_budget(Hardware("gpu", memory=2**30)) == 160
+    assert chunk_budget(Hardware("tpu", memory=2**40)) == 4096
+    assert chunk_budget(Hardware("gpu")) == 512  # a device that does not tell

@@ -162,3 +162,16 @@ def test_a_transposed_head_gives_the_same_logits(dtype):
     got, want = head.logits_of_transposed(hidden, reader), head.logits(hidden, params, dtype)
     assert got.dtype == want.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_half_precision_head_is_read_in_whole_tiles_and_says_the_same(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"kernel": jax.random.normal(keys[0], (16, 37)), "bias": jax.random.normal(keys[1], 37)}
+    hidden = jax.random.normal(keys[2], (2, 5, 16))
+    reader = head.readable(params, dtype)
+    assert reader["kernel"].shape == (16, 128)
+    assert head.readable(params, jnp.dtype("float32"))["kernel"].shape == (16, 37)
+    got, want = head.readable_logits(hidden, reader), head.logits(hidden, params, dtype)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,50 @@
+"""What programs are made for: the device that is here, or one that is not and is only compiled for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What a program's settings depend on.
+
+    Attributes:
+        platform: `cpu`, `gpu`, `tpu`, as JAX names them.
+        compute_capability: of an NVIDIA GPU, such as 7.5 for a T4; 0 for anything else.
+        memory: bytes that JAX may take; None where it does not tell.
+    """
+
+    platform: str
+    compute_capability: float = 0.0
+    memory: int | None = None
+
+
+_absent: Hardware | None = None
+
+
+def present() -> Hardware:
+    """Returns what the default device is, or what `compiling_for` says that it be."""
+    if _absent is not None:
+        return _absent
+    device = jax.local_devices()[0]
+    capability = float(getattr(device, "compute_capability", 0) or 0)
+    return Hardware(device.platform, capability, (device.memory_stats() or {}).get("bytes_limit"))
+
+
+@contextlib.contextmanager
+def compiling_for(hardware: Hardware) -> Iterator[None]:
+    """Makes programs for hardware that is not here, as long as the block runs: they can be compiled, not run.
+
+    What JAX has traced before it does not trace anew, so this belongs in a process that has made no program yet.
+    """
+    global _absent
+    before, _absent = _absent, hardware
+    try:
+        yield
+    finally:
+        _absent = before
