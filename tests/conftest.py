@@ -32,6 +32,18 @@ def golden():
     return load
 
 
+@pytest.fixture
+def optimized():
+    """For a test that runs long what it compiles once: what it compiles is optimized."""
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
     """A folder with `text.jsonl`, some real paragraphs, in which shards are made once for all tests."""

@@ -8,6 +8,8 @@ import pytest
 from helpers import run
 
 from benchmarks import memory
+from duo_jax import config as config_lib
+from duo_jax.errors import UserError
 
 MEMORY = [
     sys.executable, "-m", "benchmarks.memory", "--config=configs/quickstart.py", "--vocab_size=64",
@@ -84,18 +86,31 @@ def test_sampling_more_texts_takes_more_memory():
 
 
 @pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"gib": None}, "--gib is missing"),
+        ({"gib": -1}, "--gib is missing"),
+        ({"which": ["eval"]}, "choose from train, sample"),
+        ({"most": 0}, "--most is 0"),
+        ({"refine": -1}, "--refine -1"),
+        ({"cases": ["mdlm:full"]}, "there is no case 'mdlm:full'"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_compiled(change, expected):
+    usual = {"gib": 1, "vocab_size": 64, "which": ["train"], "cases": [], "most": 8, "refine": 0, "platform": None}
+    with pytest.raises(UserError, match=expected):
+        memory.run(config_lib.default(), **{**usual, **change})
+
+
+@pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ([], "--gib is missing"),
-        (["--gib=-1"], "--gib is missing"),
-        (["--gib=1", "--programs=eval"], "choose from train, sample"),
-        (["--gib=1", "--most=0"], "--most is 0"),
-        (["--gib=1", "--programs=sample", "--platform=abacus"], "JAX finds no such device"),
-        (["--gib=1", "--programs=sample", "--config.sample.sampler=analytic"], "does not fit a network"),
+        (["--platform=abacus"], "JAX finds no such device"),
+        (["--config.sample.sampler=analytic"], "does not fit a network"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(args, expected):
-    result = run([*MEMORY, *args])
+    result = run([*MEMORY, "--gib=1", "--programs=sample", *args])
     assert result.returncode == 2, result.stderr
     assert expected in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -7,6 +7,7 @@ import pytest
 from helpers import run
 
 from benchmarks import sample
+from duo_jax import config as config_lib
 from duo_jax.errors import UserError
 
 SAMPLE = [
@@ -74,17 +75,22 @@ def test_a_sampler_that_does_not_exist(name):
 
 
 @pytest.mark.parametrize(
-    ("args", "expected"),
+    ("change", "expected"),
     [
-        (["--samplers=fast"], "there is no sampler 'fast'"),
-        (["--n_steps=two"], "--n_steps=two: invalid literal"),
-        (["--n_steps=0"], "config.sample.n_steps is 0"),
-        (["--top_p=2"], "config.sample.top_p is 2"),
-        (["--repeats=0"], "--repeats is 0"),
+        ({"samplers": ["fast"]}, "there is no sampler 'fast'"),
+        ({"n_steps": [8, 0]}, r"config\.sample\.n_steps is 0"),
+        ({"top_ps": [0.9, 2]}, r"config\.sample\.top_p is 2"),
+        ({"repeats": 0}, "--repeats is 0"),
     ],
 )
-def test_a_mistake_gets_one_clear_line(args, expected):
-    result = run([*SAMPLE, *args])
+def test_a_mistake_is_told_before_anything_is_measured(change, expected):
+    usual = {"vocab_size": 64, "samplers": [], "n_steps": [], "removals": [], "top_ps": [], "repeats": 2, "sweep": None}
+    with pytest.raises(UserError, match=expected):
+        sample.run(config_lib.default(), **{**usual, **change})
+
+
+def test_a_mistake_gets_one_clear_line():
+    result = run([*SAMPLE, "--n_steps=two"])
     assert result.returncode == 2, result.stderr
-    assert expected in result.stderr
+    assert "--n_steps=two: invalid literal" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

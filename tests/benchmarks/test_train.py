@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import run
 
-from benchmarks import programs, report, sweeps
+from benchmarks import programs, report, sweeps, train
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
 
@@ -41,13 +41,24 @@ def test_the_report_of_a_sweep(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"cases": ["duo:sideways"]}, "choose from duo:full"),
+        ({"cases": ["mdlm:full"]}, "there is no case 'mdlm:full'"),
+        ({"sweep": "width:1,2"}, "--sweep is 'width:1,2'"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"vocab_size": 2}, "--vocab_size is 2"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_measured(change, expected):
+    usual = {"vocab_size": 64, "cases": ["duo_base"], "steps": 2, "sweep": None}
+    with pytest.raises(UserError, match=expected):
+        train.run(config_lib.default(), **{**usual, **change})
+
+
+@pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--cases=duo:sideways"], "choose from duo:full"),
-        (["--cases=mdlm:full"], "there is no case 'mdlm:full'"),
-        (["--sweep=width:1,2"], "--sweep is 'width:1,2'"),
-        (["--steps=0"], "--steps is 0"),
-        (["--vocab_size=2"], "--vocab_size is 2"),
         (["--config.model.heads=3"], "config.model.dim = 16 must be a multiple"),
         (["--out=setup.py/x"], "cannot be made a folder"),
     ],

@@ -68,8 +68,8 @@ def test_step_draws_from_the_posterior(k, alpha_s, alpha_t):
 @pytest.mark.parametrize("kappa", [1.0, 0.95, 0.3, 0.0])
 @pytest.mark.parametrize(("alpha_s", "alpha_t"), [*CASES, (0.5 + 1e-6, 0.5)])
 def test_where_a_step_does_not_ask_the_prediction_has_no_say(alpha_s, alpha_t, kappa):
-    n, k = 200_000, 6
-    keys, z_t = token_keys(jax.random.key(2), (n,)), jnp.full(n, 4)
+    n, k = 50_000, 6
+    keys, z_t = jax.jit(token_keys, static_argnums=1)(jax.random.key(2), (n,)), jnp.full(n, 4)
     asks, z_s = (np.asarray(x) for x in jax.jit(uniform.ask, static_argnums=5)(keys, z_t, alpha_s, alpha_t, kappa, k))
     answers = []
     for favourite in (4, 1):

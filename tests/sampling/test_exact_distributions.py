@@ -97,6 +97,7 @@ def test_held_tokens_of_masked_texts_condition_the_rest_exactly(case):
     assert p_value(tokens[:, [0, 2]], joint.sum(1)) < 1e-12  # not the unconditional one
 
 
+@pytest.mark.usefixtures("optimized")
 def test_held_tokens_of_uniform_texts_condition_the_rest_exactly_in_the_limit_of_psi_steps():
     joint = random_joint(3, 2, seed=1)
     exact = joint[:, 0] / joint[:, 0].sum()
