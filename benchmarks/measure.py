@@ -68,9 +68,9 @@ def device_peak() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def environment() -> dict[str, Any]:
-    """Returns where this was measured."""
-    devices = jax.devices()
+def environment(devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
+    """Returns where this was measured: on all devices, or compiled for the given ones."""
+    devices = jax.devices() if devices is None else devices
     return {
         "device": devices[0].device_kind,
         "platform": devices[0].platform,

@@ -2,15 +2,18 @@
 
     python -m benchmarks.memory --config=configs/owt.py --gib=15
     python -m benchmarks.memory --config=configs/tiny.py --gib=15 --programs=train --cases=duo:full,duo:topk --out=runs/bench
+    python -m benchmarks.memory --config=configs/tiny.py --gib=11 --device=t4
 
 The answer is the compiler's memory analysis (arguments + results - what is reused + temporaries + code, of one device) for
-the platform that it compiles for: the default one, or `--platform`. A CPU's analysis only stands in for a GPU's, whose
-compiler fuses and keeps other things. What is not a program's own is not counted: the runtime takes some hundred MiB, and on
-a GPU JAX leaves a quarter of the memory to others unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+what it compiles for: the default platform, `--platform`, or one GPU that need not be here, `--device`. A CPU's analysis only
+stands in for a GPU's, whose compiler fuses and keeps other things. What is not a program's own is not counted: the runtime
+takes some hundred MiB, and on a GPU JAX leaves a quarter of the memory to others unless XLA_PYTHON_CLIENT_MEM_FRACTION says
+otherwise. For an absent GPU the compiler cannot try which of several ways is the fastest, and takes its usual one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +22,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from benchmarks import measure, programs, report
+from benchmarks import absent, measure, programs, report
 from duo_jax import cli
 from duo_jax.errors import UserError
 
@@ -93,14 +96,17 @@ def _doubled(unit: int, most: int) -> int:
     return unit << ((most // unit).bit_length() - 1)
 
 
-def lower(config: ConfigDict, vocab_size: int, case: programs.Case | None) -> Callable[[int], tuple[Any, Any]]:
+def lower(
+    config: ConfigDict, vocab_size: int, case: programs.Case | None, devices: Sequence[jax.Device]
+) -> Callable[[int], tuple[Any, Any]]:
     """Returns a function of the batch that gives the network and the program: a case's train step, or sampling if None."""
     setting = "sample.batch_size" if case is None else "train.batch_size"
     config = config if case is None else case.apply(config)
 
     def at(batch: int) -> tuple[Any, Any]:
         variant = programs.changed(config, {setting: batch})
-        plan = programs.sampler(variant, vocab_size) if case is None else programs.training(variant, vocab_size)
+        make = programs.sampler if case is None else programs.training
+        plan = make(variant, vocab_size, devices)
         return plan.network, plan.lowered
 
     return at
@@ -114,11 +120,24 @@ def search(
     most: int,
     refine: int,
     platform: str | None,
+    device: str | None,
 ) -> dict[str, Any]:
     """Returns the rows of all that was compiled, by batch, and the answer; of a process that does nothing else."""
-    use_platform(platform)
+    with contextlib.nullcontext(use_platform(platform)) if device is None else absent.compiling_for(device) as devices:
+        return _search(config, vocab_size, case, gib, most, refine, devices)
+
+
+def _search(
+    config: ConfigDict,
+    vocab_size: int,
+    case: programs.Case | None,
+    gib: float,
+    most: int,
+    refine: int,
+    devices: Sequence[jax.Device],
+) -> dict[str, Any]:
     rows: dict[int, dict[str, Any]] = {}
-    at = lower(config, vocab_size, case)
+    at = lower(config, vocab_size, case, devices)
     name = "sample" if case is None else f"train {case}"
 
     def size(batch: int) -> int:
@@ -133,28 +152,27 @@ def search(
         print(f"{name}, B = {batch}: {sizes['total'] / GIB:.2f} GiB", flush=True)
         return sizes["total"]
 
-    unit = len(jax.devices())
+    unit = len(devices)
     if most < unit:
         raise UserError(f"--most is {most}, less than one row for each of {unit} devices.")
     found = largest_fitting(size, gib * GIB, unit=unit, most=most, refine=refine)
     return {
-        "environment": measure.environment(),
+        "environment": measure.environment(devices),
         "rows": [rows[batch] for batch in sorted(rows)],
         "answer": {"program": name, "gib": gib, **dataclasses.asdict(found)},
     }
 
 
-def use_platform(platform: str | None) -> None:
-    """Makes JAX compile for a platform, of which there must be a device here.
+def use_platform(platform: str | None) -> list[jax.Device]:
+    """Makes JAX compile for a platform if one is given, and returns its devices, of which there must be one here.
 
     Raises:
         UserError: there is none.
     """
-    if platform is None:
-        return
-    jax.config.update("jax_platforms", platform)
+    if platform is not None:
+        jax.config.update("jax_platforms", platform)
     try:
-        jax.devices()
+        return jax.devices()
     except RuntimeError as error:
         raise UserError(f"--platform={platform}: JAX finds no such device here; leave it out, or give cpu.") from error
 
@@ -169,18 +187,21 @@ def run(
     most: int,
     refine: int,
     platform: str | None,
+    device: str | None,
 ) -> dict[str, Any]:
     """Returns the report: where, what was compiled, and for each program the largest batch that fits."""
     if not gib or gib <= 0:
         raise UserError("--gib is missing; give the memory of one device in GiB, as in --gib=15.")
     if most < 1 or refine < 0:
         raise UserError(f"--most is {most} and --refine {refine}; give at least 1 and 0.")
+    if platform and device:
+        raise UserError(f"--platform={platform} and --device={device} say both what to compile for; give one of them.")
     if unknown := set(which) - {"train", "sample"}:
         raise UserError(f"--programs: there is no program {unknown.pop()!r}; choose from train, sample.")
     training = [programs.Case.parse(name) for name in cases] or programs.usual_cases(config)[:1]
     todo = [case for case in training if "train" in which] + ([None] if "sample" in which else [])
     size = programs.vocabulary(config, vocab_size)
-    parts = [measure.in_fresh_process(search, config, size, case, gib, most, refine, platform) for case in todo]
+    parts = [measure.in_fresh_process(search, config, size, case, gib, most, refine, platform, device) for case in todo]
     return {
         "environment": parts[0]["environment"],
         "gib": gib,
@@ -227,6 +248,7 @@ def main(config: ConfigDict) -> None:
         most=options.most,
         refine=options.refine,
         platform=options.platform,
+        device=options.device,
     )
     print(f"\n{text(found)}\n")
     report.save(folder, "memory", found, text(found))
@@ -240,5 +262,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("most", 4096, "The largest batch that is tried.")
     flags.DEFINE_integer("refine", 2, "How often the interval of the answer is halved after a doubling went too far.")
     flags.DEFINE_string("platform", None, "What to compile for: cpu, cuda, tpu; JAX's default if not given.")
+    flags.DEFINE_string("device", None, f"Instead a GPU that need not be here: {', '.join(absent.GPUS)}.")
     flags.DEFINE_string("out", None, "A folder for memory.json and memory.md.")
     cli.run(main)

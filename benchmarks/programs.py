@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,13 +115,13 @@ class Training:
     lowered: jax.stages.Lowered
 
 
-def training(config: ConfigDict, vocab_size: int) -> Training:
-    """Returns the train step of a config, from shapes alone: nothing is allocated.
+def training(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device] | None = None) -> Training:
+    """Returns the train step of a config on all devices or the given ones, from shapes alone: nothing is allocated.
 
     Raises:
         UserError: the config describes no network, or a batch that the devices do not divide.
     """
-    mesh = partition.create_mesh(config.mesh)
+    mesh = partition.create_mesh(config.mesh, devices)
     batch_size = config.train.batch_size
     partition.check_batch(mesh, "train.batch_size", batch_size)
     network = Network.from_config(config, vocab_size)
@@ -152,8 +152,8 @@ class Sampling:
         return self.rows.mesh.size
 
 
-def sampler(config: ConfigDict, vocab_size: int) -> Sampling:
-    """Returns the sampler of `config.sample`, from shapes alone.
+def sampler(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device] | None = None) -> Sampling:
+    """Returns the sampler of `config.sample` on all of this process's devices or the given ones, from shapes alone.
 
     Raises:
         UserError: a setting that does not fit the network, or a batch that the devices do not divide.
@@ -168,7 +168,7 @@ def sampler(config: ConfigDict, vocab_size: int) -> Sampling:
         psi=sampling.as_psi(sampling.Psi.from_config(chosen), chosen.sampler),
         early_stop=chosen.early_stop,
     )
-    mesh = Mesh(np.asarray(jax.local_devices()), ("rows",))
+    mesh = Mesh(np.asarray(jax.local_devices() if devices is None else devices), ("rows",))
     partition.check_batch(mesh, "sample.batch_size", chosen.batch_size)
     rows, whole = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
     weights = jax.eval_shape(network.init, key())

@@ -7,6 +7,7 @@ sums partial logits over the devices in the vocabulary head. One device is a mes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ BATCH_AXES = ("data", "fsdp")
 _SMALLEST_SPLIT = 2**16
 
 
-def create_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+def create_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of `config.mesh`: `data` x `fsdp` devices.
 
     Raises:

@@ -79,7 +79,7 @@ def test_what_fits_in_a_little(tmp_path):
 
 def test_sampling_more_texts_takes_more_memory():
     config = helpers.make_config({"model.size": "nano", "model.dim": 16, "model.blocks": 1, "model.length": 32})
-    found = memory.search(config, 64, None, gib=1e-3, most=8, refine=0, platform=None)
+    found = memory.search(config, 64, None, gib=1e-3, most=8, refine=0, platform=None, device=None)
     rows = found["rows"]
     assert [row["total_gib"] for row in rows] == sorted({row["total_gib"] for row in rows})
     assert found["answer"]["largest"] == max(row["batch"] for row in rows if row["total_gib"] <= 1e-3)
@@ -94,10 +94,12 @@ def test_sampling_more_texts_takes_more_memory():
         ({"most": 0}, "--most is 0"),
         ({"refine": -1}, "--refine -1"),
         ({"cases": ["mdlm:full"]}, "there is no case 'mdlm:full'"),
+        ({"platform": "cpu", "device": "t4"}, "give one of them"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_compiled(change, expected):
-    usual = {"gib": 1, "vocab_size": 64, "which": ["train"], "cases": [], "most": 8, "refine": 0, "platform": None}
+    usual = {"gib": 1, "vocab_size": 64, "which": ["train"], "cases": [], "most": 8, "refine": 0, "platform": None,
+             "device": None}  # fmt: skip
     with pytest.raises(UserError, match=expected):
         memory.run(config_lib.default(), **{**usual, **change})
 
@@ -107,6 +109,7 @@ def test_a_mistake_is_told_before_anything_is_compiled(change, expected):
     [
         (["--platform=abacus"], "JAX finds no such device"),
         (["--config.sample.sampler=analytic"], "does not fit a network"),
+        (["--device=t5"], "choose from t4, v100, a100, h100"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(args, expected):

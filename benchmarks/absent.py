@@ -1,0 +1,109 @@
+"""NVIDIA GPUs that programs can be compiled for without one being here: XLA's own compiler, told what the GPU is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import topologies
+
+from duo_jax import hardware
+from duo_jax.errors import UserError
+
+# What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+_SHARE = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What the compiler asks about a GPU, from its data sheet.
+
+    Attributes:
+        name: as the driver gives it.
+        capability: the compute capability, major and minor.
+        memory: bytes on the card that programs may use, before JAX's share.
+        bandwidth: of the memory, bytes a second.
+        clock: GHz.
+        l2_cache: bytes.
+        cores: streaming multiprocessors.
+        fpus: float32 units of each.
+        threads: that each may hold.
+        shared: bytes of shared memory of each.
+        shared_by_block: bytes that one block may ask for.
+        features: name of the extension of its instructions that the compiler may use.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    bandwidth: float
+    clock: float
+    l2_cache: int
+    cores: int
+    fpus: int
+    threads: int
+    shared: int
+    shared_by_block: int
+    features: str = "NONE"
+
+    @property
+    def hardware(self) -> hardware.Hardware:
+        """What the package's own choices depend on."""
+        major, minor = self.capability
+        return hardware.Hardware("gpu", major + minor / 10, int(_SHARE * self.memory))
+
+    def description(self) -> str:
+        """Returns XLA's GpuTargetConfigProto in its text form."""
+        major, minor = self.capability
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {self.threads}
+              shared_memory_per_block: 49152 shared_memory_per_core: {self.shared}
+              shared_memory_per_block_optin: {self.shared_by_block}
+              core_count: {self.cores} fpus_per_core: {self.fpus} clock_rate_ghz: {self.clock}
+              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+              memory_bandwidth: {int(self.bandwidth)} l2_cache_size: {self.l2_cache} device_memory_size: {self.memory}
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {self.features} }}
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 }}
+            runtime_version {{ major: 12 minor: 9 }}
+            device_description_str: "{self.name}"
+        """
+
+
+_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
+GPUS = {
+    "t4": Gpu("Tesla T4", (7, 5), int(14.6 * _GIB), 320e9, 1.59, 4 * _MIB, 40, 64, 1024, 64 * _KIB, 64 * _KIB),
+    "v100": Gpu("Tesla V100", (7, 0), int(15.8 * _GIB), 898e9, 1.53, 6 * _MIB, 80, 64, 2048, 96 * _KIB, 96 * _KIB),
+    "a100": Gpu("NVIDIA A100", (8, 0), int(79.2 * _GIB), 2039e9, 1.41, 40 * _MIB, 108, 64, 2048, 164 * _KIB, 163 * _KIB),
+    "h100": Gpu(
+        "NVIDIA H100", (9, 0), int(79.1 * _GIB), 3352e9, 1.98, 50 * _MIB, 132, 128, 2048, 228 * _KIB, 227 * _KIB,
+        features="ACCELERATED_FEATURES",
+    ),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[list[jax.Device]]:
+    """Gives one absent GPU, which programs are made for as long as the block runs; in a process that has made none yet.
+
+    Raises:
+        UserError: a GPU that is not in `GPUS`, or the compiler for CUDA is not installed.
+    """
+    if name not in GPUS:
+        raise UserError(f"--device={name}: there is no such GPU; choose from {', '.join(GPUS)}.")
+    gpu = GPUS[name]
+    jax.config.update("jax_platforms", "cpu")  # a GPU that is here has no part in this
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=gpu.description(), topology="1x1x1")
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"--device={name} needs the compiler for CUDA, though no GPU: pip install -e .[cuda]. JAX says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    with hardware.compiling_for(gpu.hardware):
+        yield list(topology.devices)
