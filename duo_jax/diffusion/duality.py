@@ -145,12 +145,14 @@ def tempered_topk(
     values = jnp.where(slot == rank, true[..., None], _open_slot(others, slot, rank))
     ids = jnp.where(slot == rank, x[..., None], _open_slot(other_ids, slot, rank)).astype(jnp.int32)
 
-    terms = [others / tau, true[..., None] / tau]
+    # Exponents are taken from the largest entry: those of w / tau itself have lost digits of w where tau is small.
+    top = values[..., :1]
+    terms = [(others - top) / tau, (true[..., None] - top) / tau]
     n_rest = vocab_size - 1 - n_drawn
     if n_rest:
-        terms.append(_log_rest(rest_key, others[..., -1] / tau, noise / tau, n_rest)[..., None])
+        terms.append(_log_rest(rest_key, others[..., -1] / tau, noise / tau, n_rest)[..., None] - top / tau)
     log_total = jax.nn.logsumexp(jnp.concatenate(terms, axis=-1), axis=-1, keepdims=True)
-    return jnp.exp(values / tau - log_total), ids, ids[..., 0]
+    return jnp.exp((values - top) / tau - log_total), ids, ids[..., 0]
 
 
 def entries_in_sight(tau: float, gamma_min: float, vocab_size: int, most: int) -> int | None:

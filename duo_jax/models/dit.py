@@ -6,12 +6,14 @@ Token (or relaxed token) embeddings pass through blocks whose LayerNorms are shi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from duo_jax.diffusion.arrays import anew
 from duo_jax.models import attention, head
 
 TIME_FEATURES = 256
@@ -45,6 +47,23 @@ def time_features(sigma: jax.Array, size: int = TIME_FEATURES, max_period: float
 def by_token(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """Returns `fn` of `x [B, L, D]` seen as `[B L, D]`: on a CPU a gradient summed over two axes takes twice as long."""
     return fn(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form; for the gradient x alone is kept, a quarter of a block's memory less than its parts."""
+    return nn.gelu(x, approximate=True)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return jax.vjp(functools.partial(nn.gelu, approximate=True), anew(x, cotangent))[1](cotangent)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class LayerNorm(nn.Module):
@@ -146,7 +165,7 @@ class Block(nn.Module):
         x = x + gate1 * self.drop(y, deterministic=not train)
 
         y = self.norm2(x) * (1 + scale2) + shift2
-        y = by_token(lambda y: self.mlp_out(nn.gelu(self.mlp_in(y), approximate=True)), y)
+        y = by_token(lambda y: self.mlp_out(gelu(self.mlp_in(y))), y)
         return x + gate2 * self.drop(y, deterministic=not train)
 
 
