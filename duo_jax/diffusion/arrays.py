@@ -61,6 +61,41 @@ def _take_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, N
 take.defvjp(_take_forward, _take_backward)
 
 
+def top_and_sum(values: jax.Array, counts: jax.typing.ArrayLike = True) -> tuple[jax.Array, jax.Array]:
+    """The largest of `values [..., K]`, and the sum of exp(value - largest) over those that count, `[...]` both.
+
+    An accelerator finds both in one pass; a CPU, whose compiler vectorises no sum of pairs, in two. There is no gradient.
+
+    Args:
+        values: float32 or wider; -inf adds nothing.
+        counts: bool, `[..., K]` or for all.
+    """
+    return jax.lax.platform_dependent(values, jnp.asarray(counts), cpu=in_two_passes, default=in_one_pass)
+
+
+def in_two_passes(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See `top_and_sum`."""
+    top = jnp.max(values, axis=-1)
+    reference = jnp.where(jnp.isneginf(top), 0.0, top)[..., None]
+    return top, jnp.sum(jnp.where(counts, jnp.exp(values - reference), 0.0), axis=-1)
+
+
+def in_one_pass(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See `top_and_sum`."""
+
+    def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Two largest values, each with a sum of exponentials taken from it; the smaller's sum is scaled down."""
+        (top_a, sum_a), (top_b, sum_b) = a, b
+        smaller = jnp.exp(jnp.where(top_a == top_b, 0.0, -jnp.abs(top_a - top_b)))
+        a_is_top = top_a > top_b
+        total = jnp.where(a_is_top, sum_a + smaller * sum_b, smaller * sum_a + sum_b)
+        return jnp.maximum(top_a, top_b), total
+
+    ones = jnp.where(counts & ~jnp.isneginf(values), jnp.ones_like(values), 0)
+    start = jnp.asarray(-jnp.inf, values.dtype), jnp.zeros((), values.dtype)
+    return jax.lax.reduce((values, ones), start, join, (values.ndim - 1,))
+
+
 def anew(x: jax.Array, after: jax.Array) -> jax.Array:
     """Returns x such that an accelerator computes what is made of it again, once `after` is known; a CPU may keep it.
 

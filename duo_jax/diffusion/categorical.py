@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from duo_jax.diffusion.arrays import as_float, map_keys, take
+from duo_jax.diffusion.arrays import as_float, is_entry, map_keys, take, top_and_sum
 from duo_jax.errors import UserError
 
 # What float32 may add to a sum of probabilities: masses .5 + .3 + .15 do not exceed top_p = .95.
@@ -28,23 +28,26 @@ _SAFE_SUMS = 1e-20, 1e30
 
 
 def _block_log_sums(logits: jax.Array, size: int) -> jax.Array:
-    """log-sum-exp of each run of `size` logits: `[..., K]` to `[..., ceil(K / size)]`, in one pass where they are moderate.
-
-    A network's logits are: their exponentials can be summed as they are, and the maximum, a second pass, left out.
-    """
-    vocab_size = logits.shape[-1]
-    n_blocks = -(-vocab_size // size)
+    """log-sum-exp of each run of `size` logits: `[..., K]` to `[..., ceil(K / size)]`, in one pass where it can be."""
 
     def blocks(values: jax.Array, fill: float) -> jax.Array:
         # The padding fuses into the reductions: no padded copy of the vocabulary is written.
-        widths = [(0, 0)] * (values.ndim - 1) + [(0, n_blocks * size - vocab_size)]
-        return jnp.pad(values, widths, constant_values=fill).reshape(*values.shape[:-1], n_blocks, size)
+        widths = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % size)]
+        return jnp.pad(values, widths, constant_values=fill).reshape(*values.shape[:-1], -1, size)
 
-    sums = jnp.sum(blocks(jnp.exp(logits), 0.0), axis=-1)
-    largest, (low, high) = jnp.max(sums, axis=-1), _SAFE_SUMS
-    moderate = jnp.all((largest > low) & (largest < high))
-    careful = functools.partial(jax.nn.logsumexp, axis=-1)
-    return lax.cond(moderate, lambda _: jnp.log(sums), lambda values: careful(blocks(values, -jnp.inf)), logits)
+    def log_sums(logits: jax.Array) -> jax.Array:
+        top, total = top_and_sum(blocks(logits, -jnp.inf))
+        return top + jnp.log(total)
+
+    def on_cpu(logits: jax.Array) -> jax.Array:
+        """A network's logits are moderate: their exponentials can be summed as they are, and a second pass left out."""
+        sums = jnp.sum(blocks(jnp.exp(logits), 0.0), axis=-1)
+        largest, (low, high) = jnp.max(sums, axis=-1), _SAFE_SUMS
+        moderate = jnp.all((largest > low) & (largest < high))
+        return lax.cond(moderate, lambda _: jnp.log(sums), log_sums, logits)
+
+    # Not there: of two branches that do nothing but reduce, XLA computes both for an accelerator, and selects.
+    return lax.platform_dependent(logits, cpu=on_cpu, default=log_sums)
 
 
 def draw_with_log_normaliser(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -123,15 +126,11 @@ def _cut_tail(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 IMPOSSIBLE = -1e6
 
 
-def _ids(logits: jax.Array) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-
-
 def without(logits: jax.Array, banned: int | None) -> jax.Array:
     """The logits `[..., K]` with the token `banned` made impossible; None bans nothing."""
     if banned is None:
         return logits
-    return jnp.where(_ids(logits) == banned, jnp.asarray(IMPOSSIBLE, logits.dtype), logits)
+    return jnp.where(is_entry(banned, logits), jnp.asarray(IMPOSSIBLE, logits.dtype), logits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -145,10 +144,9 @@ def nll(logits: jax.Array, x: jax.Array, banned: int | None = None) -> jax.Array
 
 def _nll_forward(logits: jax.Array, x: jax.Array, banned: int | None) -> tuple[jax.Array, tuple]:
     values = without(as_float(logits), banned)
-    top = jnp.max(values, axis=-1)
+    top, rest = top_and_sum(values, ~is_entry(x, values))
     depth = take(values, x) - top
-    terms = jnp.where(_ids(logits) == x[..., None], 0.0, jnp.exp(values - top[..., None]))
-    rest, own = jnp.sum(terms, axis=-1), jnp.exp(depth)
+    own = jnp.exp(depth)
     # Where x is likely, from the mass of the others: log(total) would round a confident network's small loss away.
     likely = own > 0.1
     loss = jnp.where(likely, jnp.log1p(rest / jnp.where(likely, own, 1.0)), jnp.log(rest + own) - depth)
@@ -159,9 +157,9 @@ def _nll_backward(banned: int | None, residuals: tuple, cotangent: jax.Array) ->
     logits, x, top, rest, own = residuals
     scale = cotangent / (rest + own)
     slope = scale[..., None] * jnp.exp(without(as_float(logits), banned) - top[..., None])
-    slope = jnp.where(_ids(logits) == x[..., None], -(scale * rest)[..., None], slope)
+    slope = jnp.where(is_entry(x, logits), -(scale * rest)[..., None], slope)
     if banned is not None:
-        slope = jnp.where(_ids(logits) == banned, 0.0, slope)
+        slope = jnp.where(is_entry(banned, logits), 0.0, slope)
     return slope.astype(logits.dtype), None
 
 

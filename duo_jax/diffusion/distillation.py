@@ -7,7 +7,7 @@ scalars, `[B]`, `[B, 1]` or `[B, L]`. The student sees (z_t, t) and the frozen t
 import jax
 import jax.numpy as jnp
 
-from duo_jax.diffusion.arrays import anew, as_float, check_vocab_size, per_token
+from duo_jax.diffusion.arrays import anew, as_float, check_vocab_size, per_token, top_and_sum
 from duo_jax.diffusion.order_statistics import distinct_others, top_normals
 from duo_jax.diffusion.special import excess
 from duo_jax.errors import UserError
@@ -73,7 +73,8 @@ def kl(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
 
 
 def _log_normaliser(logits: jax.Array) -> jax.Array:
-    return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top, total = top_and_sum(logits)
+    return (top + jnp.log(total))[..., None]
 
 
 def _kl_forward(logits_p: jax.Array, logits_q: jax.Array) -> tuple[jax.Array, tuple]:

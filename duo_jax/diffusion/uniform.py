@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from duo_jax.diffusion import categorical
-from duo_jax.diffusion.arrays import anew, as_float, check_vocab_size, is_entry, map_keys, per_token, take, token_keys
+from duo_jax.diffusion.arrays import (
+    anew,
+    as_float,
+    check_vocab_size,
+    is_entry,
+    map_keys,
+    per_token,
+    take,
+    token_keys,
+    top_and_sum,
+)
 from duo_jax.diffusion.special import excess
 from duo_jax.errors import UserError
 
@@ -214,8 +224,7 @@ def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) ->
     signal, noise = jnp.maximum(alpha, _MIN_SIGNAL), jnp.maximum(1.0 - alpha, _MIN_NOISE)
     per_noise = logits.shape[-1] / noise
     clean = per_noise * signal
-    top = jnp.max(logits, axis=-1)
-    rest = jnp.sum(_others(logits, z_t, x, top), axis=-1)
+    top, rest = top_and_sum(logits, ~(is_entry(z_t, logits) | is_entry(x, logits)))
     e_i, e_x = jnp.exp(take(logits, z_t) - top), jnp.exp(take(logits, x) - top)
     total = rest + e_i + jnp.where(same, 0.0, e_x)
     # 1 - p_x from the other tokens' mass: 1 - exp(log p_x) would lose it for a confident network.

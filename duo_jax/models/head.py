@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 Head = dict[str, jax.Array]  # kernel [D, K] and bias [K]
-Transposed = dict[str, jax.Array]  # kernel [K, D], in the compute type, and bias [K]
+Transposed = dict[str, jax.Array]  # kernel [K', D], in the compute type, and bias [K]
 
 _WHOLE = PartitionSpec()  # of what every device holds whole
 # The side of the tiles that matrix units multiply.
@@ -116,8 +116,9 @@ def logits(hidden: jax.Array, head: Head, dtype: jnp.dtype) -> jax.Array:
 
 
 def transposed(head: Head, dtype: jnp.dtype) -> Transposed:
-    """Returns a head for the many products of `logits_of_transposed`."""
-    return {"kernel": head["kernel"].astype(dtype).T, "bias": head["bias"]}
+    """Returns a `readable` head turned around, for the many products of `logits_of_transposed`."""
+    reader = readable(head, dtype)
+    return {"kernel": reader["kernel"].T, "bias": reader["bias"]}
 
 
 def logits_of_transposed(hidden: jax.Array, head: Transposed) -> jax.Array:
@@ -125,7 +126,7 @@ def logits_of_transposed(hidden: jax.Array, head: Transposed) -> jax.Array:
     kernel = head["kernel"]
     contracted = (((hidden.ndim - 1,), (1,)), ((), ()))
     product = jax.lax.dot_general(hidden.astype(kernel.dtype), kernel, contracted, preferred_element_type=jnp.float32)
-    return product + head["bias"]
+    return of_products(product, head["bias"])
 
 
 def in_chunks(fn: Callable[..., Any], *per_token: Any, chunk: int) -> Any:
