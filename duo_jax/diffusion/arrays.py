@@ -67,21 +67,20 @@ def top_and_sum(values: jax.Array, counts: jax.typing.ArrayLike = True) -> tuple
     An accelerator finds both in one pass; a CPU, whose compiler vectorises no sum of pairs, in two. There is no gradient.
 
     Args:
-        values: float32 or wider; -inf adds nothing.
+        values: float32 or wider, one of each row finite; -inf adds nothing.
         counts: bool, `[..., K]` or for all.
     """
     return jax.lax.platform_dependent(values, jnp.asarray(counts), cpu=in_two_passes, default=in_one_pass)
 
 
 def in_two_passes(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `top_and_sum`."""
+    """See `top_and_sum`. The exponentials are such that another use of them costs nothing more."""
     top = jnp.max(values, axis=-1)
-    reference = jnp.where(jnp.isneginf(top), 0.0, top)[..., None]
-    return top, jnp.sum(jnp.where(counts, jnp.exp(values - reference), 0.0), axis=-1)
+    return top, jnp.sum(jnp.where(counts, jnp.exp(values - top[..., None]), 0.0), axis=-1)
 
 
 def in_one_pass(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `top_and_sum`."""
+    """See `top_and_sum`; a row may also be -inf all through, and its sum is 0 then."""
 
     def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Two largest values, each with a sum of exponentials taken from it; the smaller's sum is scaled down."""

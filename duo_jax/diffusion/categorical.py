@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from duo_jax.diffusion.arrays import as_float, is_entry, map_keys, take, top_and_sum
+from duo_jax.diffusion.arrays import as_float, in_one_pass, is_entry, map_keys, take, top_and_sum
 from duo_jax.errors import UserError
 
 # What float32 may add to a sum of probabilities: masses .5 + .3 + .15 do not exceed top_p = .95.
@@ -35,19 +35,22 @@ def _block_log_sums(logits: jax.Array, size: int) -> jax.Array:
         widths = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % size)]
         return jnp.pad(values, widths, constant_values=fill).reshape(*values.shape[:-1], -1, size)
 
-    def log_sums(logits: jax.Array) -> jax.Array:
-        top, total = top_and_sum(blocks(logits, -jnp.inf))
+    def on_accelerator(logits: jax.Array) -> jax.Array:
+        top, total = in_one_pass(blocks(logits, -jnp.inf), jnp.asarray(True))
         return top + jnp.log(total)
+
+    def careful(logits: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(blocks(logits, -jnp.inf), axis=-1)
 
     def on_cpu(logits: jax.Array) -> jax.Array:
         """A network's logits are moderate: their exponentials can be summed as they are, and a second pass left out."""
         sums = jnp.sum(blocks(jnp.exp(logits), 0.0), axis=-1)
         largest, (low, high) = jnp.max(sums, axis=-1), _SAFE_SUMS
         moderate = jnp.all((largest > low) & (largest < high))
-        return lax.cond(moderate, lambda _: jnp.log(sums), log_sums, logits)
+        return lax.cond(moderate, lambda _: jnp.log(sums), careful, logits)
 
     # Not there: of two branches that do nothing but reduce, XLA computes both for an accelerator, and selects.
-    return lax.platform_dependent(logits, cpu=on_cpu, default=log_sums)
+    return lax.platform_dependent(logits, cpu=on_cpu, default=on_accelerator)
 
 
 def draw_with_log_normaliser(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
