@@ -87,16 +87,25 @@ GPUS = {
 }  # fmt: skip
 
 
+def find(name: str) -> Gpu:
+    """Returns a GPU of `GPUS`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in GPUS:
+        raise UserError(f"--device={name}: there is no such GPU; choose from {', '.join(GPUS)}.")
+    return GPUS[name]
+
+
 @contextlib.contextmanager
 def compiling_for(name: str) -> Iterator[list[jax.Device]]:
     """Gives one absent GPU, which programs are made for as long as the block runs; in a process that has made none yet.
 
     Raises:
-        UserError: a GPU that is not in `GPUS`, or the compiler for CUDA is not installed.
+        UserError: there is none of that name, or the compiler for CUDA is not installed.
     """
-    if name not in GPUS:
-        raise UserError(f"--device={name}: there is no such GPU; choose from {', '.join(GPUS)}.")
-    gpu = GPUS[name]
+    gpu = find(name)
     jax.config.update("jax_platforms", "cpu")  # a GPU that is here has no part in this
     try:
         topology = topologies.get_topology_desc(platform="cuda", target_config=gpu.description(), topology="1x1x1")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -123,58 +123,54 @@ def search(
     device: str | None,
 ) -> dict[str, Any]:
     """Returns the rows of all that was compiled, by batch, and the answer; of a process that does nothing else."""
-    with contextlib.nullcontext(use_platform(platform)) if device is None else absent.compiling_for(device) as devices:
-        return _search(config, vocab_size, case, gib, most, refine, devices)
+    with target(platform, device) as devices:
+        rows: dict[int, dict[str, Any]] = {}
+        at = lower(config, vocab_size, case, devices)
+        name = "sample" if case is None else f"train {case}"
+
+        def size(batch: int) -> int:
+            network, lowered = at(batch)
+            program, seconds = measure.compiled(lowered)
+            sizes = measure.memory(program)
+            rows[batch] = {
+                "program": name, "batch": batch, "length": network.length, "vocab": vocab_size, "blocks": network.blocks,
+                "dtype": network.dtype.name, **{f"{part}_gib": n / GIB for part, n in sizes.items()},
+                "fits": "yes" if sizes["total"] <= gib * GIB else "no", "compile_s": seconds,
+            }  # fmt: skip
+            print(f"{name}, B = {batch}: {sizes['total'] / GIB:.2f} GiB", flush=True)
+            return sizes["total"]
+
+        unit = len(devices)
+        if most < unit:
+            raise UserError(f"--most is {most}, less than one row for each of {unit} devices.")
+        found = largest_fitting(size, gib * GIB, unit=unit, most=most, refine=refine)
+        return {
+            "environment": measure.environment(devices),
+            "rows": [rows[batch] for batch in sorted(rows)],
+            "answer": {"program": name, "gib": gib, **dataclasses.asdict(found)},
+        }
 
 
-def _search(
-    config: ConfigDict,
-    vocab_size: int,
-    case: programs.Case | None,
-    gib: float,
-    most: int,
-    refine: int,
-    devices: Sequence[jax.Device],
-) -> dict[str, Any]:
-    rows: dict[int, dict[str, Any]] = {}
-    at = lower(config, vocab_size, case, devices)
-    name = "sample" if case is None else f"train {case}"
-
-    def size(batch: int) -> int:
-        network, lowered = at(batch)
-        program, seconds = measure.compiled(lowered)
-        sizes = measure.memory(program)
-        rows[batch] = {
-            "program": name, "batch": batch, "length": network.length, "vocab": vocab_size, "blocks": network.blocks,
-            "dtype": network.dtype.name, **{f"{part}_gib": n / GIB for part, n in sizes.items()},
-            "fits": "yes" if sizes["total"] <= gib * GIB else "no", "compile_s": seconds,
-        }  # fmt: skip
-        print(f"{name}, B = {batch}: {sizes['total'] / GIB:.2f} GiB", flush=True)
-        return sizes["total"]
-
-    unit = len(devices)
-    if most < unit:
-        raise UserError(f"--most is {most}, less than one row for each of {unit} devices.")
-    found = largest_fitting(size, gib * GIB, unit=unit, most=most, refine=refine)
-    return {
-        "environment": measure.environment(devices),
-        "rows": [rows[batch] for batch in sorted(rows)],
-        "answer": {"program": name, "gib": gib, **dataclasses.asdict(found)},
-    }
-
-
-def use_platform(platform: str | None) -> list[jax.Device]:
-    """Makes JAX compile for a platform if one is given, and returns its devices, of which there must be one here.
+@contextlib.contextmanager
+def target(platform: str | None, device: str | None) -> Iterator[Sequence[jax.Device]]:
+    """Gives the devices to compile for: an absent GPU, a platform's, or JAX's default ones.
 
     Raises:
-        UserError: there is none.
+        UserError: the platform has no device here; see also `absent.compiling_for`.
     """
+    if device is not None:
+        with absent.compiling_for(device) as devices:
+            yield devices
+        return
     if platform is not None:
         jax.config.update("jax_platforms", platform)
-    try:
-        return jax.devices()
-    except RuntimeError as error:
-        raise UserError(f"--platform={platform}: JAX finds no such device here; leave it out, or give cpu.") from error
+        try:
+            jax.devices()
+        except RuntimeError as error:
+            raise UserError(
+                f"--platform={platform}: JAX finds no such device here; leave it out, or give cpu."
+            ) from error
+    yield jax.devices()
 
 
 def run(
@@ -196,6 +192,8 @@ def run(
         raise UserError(f"--most is {most} and --refine {refine}; give at least 1 and 0.")
     if platform and device:
         raise UserError(f"--platform={platform} and --device={device} say both what to compile for; give one of them.")
+    if device:
+        absent.find(device)
     if unknown := set(which) - {"train", "sample"}:
         raise UserError(f"--programs: there is no program {unknown.pop()!r}; choose from train, sample.")
     training = [programs.Case.parse(name) for name in cases] or programs.usual_cases(config)[:1]

@@ -53,7 +53,7 @@ def readable(head: Head, dtype: jnp.dtype) -> Head:
     Matrix units want rows of whole tiles. With K = 50,258 each product of a chunk would first copy its operands to such.
     """
     kernel = head["kernel"]
-    filling = 0 if dtype == jnp.float32 else -kernel.shape[1] % _TILE
+    filling = -kernel.shape[1] % _TILE if jnp.dtype(dtype).itemsize == 2 else 0
     return {"kernel": jnp.pad(kernel.astype(dtype), ((0, 0), (0, filling))), "bias": head["bias"]}
 
 

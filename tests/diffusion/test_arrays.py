@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax.diffusion import categorical
+from duo_jax.diffusion import categorical, distillation, uniform
 from duo_jax.diffusion.arrays import anew, in_one_pass, in_two_passes, take
 
 
@@ -49,11 +49,48 @@ def test_the_largest_and_the_sum_of_exponentials(find, scale):
     assert (total[1] == 0) == (find is in_one_pass)
 
 
+def as_an_accelerator(monkeypatch):
+    """What is written for accelerators runs on a CPU too, if not as fast."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+
+
+def losses():
+    """Functions of logits `[24, 60]` that visit them in other passes on an accelerator."""
+    rng = np.random.default_rng(0)
+    z_t, x = (jnp.asarray(rng.integers(0, 59, 24)) for _ in range(2))
+    z_t = z_t.at[:8].set(x[:8])
+    alpha, dalpha = jnp.asarray(rng.uniform(0.05, 0.95, 24), jnp.float32), -jnp.ones(24)
+    other = jnp.asarray(rng.normal(size=(24, 60)), jnp.float32)
+    return {
+        "nelbo": lambda logits: uniform.nelbo_from_logits(logits, z_t, x, alpha, dalpha),
+        "nll": lambda logits: categorical.nll(logits, x, 59),
+        "kl": lambda logits: distillation.kl(logits, other),
+        "kl of": lambda logits: distillation.kl(other, logits),
+    }
+
+
+@pytest.mark.parametrize("name", losses())
+def test_an_accelerators_passes_give_a_cpus_value_and_gradient(name, monkeypatch):
+    logits = 3 * jax.random.normal(jax.random.key(0), (24, 60))
+
+    def value_and_gradient():
+        value, pull = jax.vjp(losses()[name], logits)
+        return value, pull(jnp.linspace(0.5, 2.0, 24))[0]
+
+    want = jax.jit(lambda: value_and_gradient())()
+    as_an_accelerator(monkeypatch)
+    text = str(jax.make_jaxpr(lambda: value_and_gradient())())
+    assert "platform_index" not in text
+    assert text.count(" reduce[") >= (1 if name in ("nelbo", "nll") else 2), "it is the other way that is tested"
+    for ours, theirs in zip(jax.jit(lambda: value_and_gradient())(), want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6 * np.abs(theirs).max())
+
+
 @pytest.mark.parametrize("shift", [0.0, 90.0, -300.0])
 def test_the_sums_that_accelerators_take_are_those_of_a_cpu(shift, monkeypatch):
     logits = 4 * jax.random.normal(jax.random.key(0), (5, 1000)) + shift
     logits = logits.at[:, 40:80].set(-jnp.inf)  # a whole block of them
     want = jax.jit(categorical._block_log_sums, static_argnums=1)(logits, 32)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    as_an_accelerator(monkeypatch)
     got = jax.jit(lambda *args: categorical._block_log_sums(*args), static_argnums=1)(logits, 32)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
