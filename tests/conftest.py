@@ -38,7 +38,7 @@ def optimized():
     import jax
 
     name = "jax_disable_most_optimizations"
-    before = getattr(jax.config, name)
+    before = jax.config.read(name)
     jax.config.update(name, False)
     yield
     jax.config.update(name, before)
