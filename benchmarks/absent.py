@@ -25,6 +25,7 @@ class Gpu:
         capability: the compute capability, major and minor.
         memory: bytes on the card that programs may use, before JAX's share.
         bandwidth: of the memory, bytes a second.
+        flops: of products in half precision, dense, a second.
         clock: GHz.
         l2_cache: bytes.
         cores: streaming multiprocessors.
@@ -39,6 +40,7 @@ class Gpu:
     capability: tuple[int, int]
     memory: int
     bandwidth: float
+    flops: float
     clock: float
     l2_cache: int
     cores: int
@@ -77,11 +79,13 @@ class Gpu:
 
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 GPUS = {
-    "t4": Gpu("Tesla T4", (7, 5), int(14.6 * _GIB), 320e9, 1.59, 4 * _MIB, 40, 64, 1024, 64 * _KIB, 64 * _KIB),
-    "v100": Gpu("Tesla V100", (7, 0), int(15.8 * _GIB), 898e9, 1.53, 6 * _MIB, 80, 64, 2048, 96 * _KIB, 96 * _KIB),
-    "a100": Gpu("NVIDIA A100", (8, 0), int(79.2 * _GIB), 2039e9, 1.41, 40 * _MIB, 108, 64, 2048, 164 * _KIB, 163 * _KIB),
+    "t4": Gpu("Tesla T4", (7, 5), int(14.6 * _GIB), 320e9, 65e12, 1.59, 4 * _MIB, 40, 64, 1024, 64 * _KIB, 64 * _KIB),
+    "v100": Gpu("Tesla V100", (7, 0), int(15.8 * _GIB), 898e9, 125e12, 1.53, 6 * _MIB, 80, 64, 2048, 96 * _KIB, 96 * _KIB),
+    "a100": Gpu(
+        "NVIDIA A100", (8, 0), int(79.2 * _GIB), 2039e9, 312e12, 1.41, 40 * _MIB, 108, 64, 2048, 164 * _KIB, 163 * _KIB,
+    ),
     "h100": Gpu(
-        "NVIDIA H100", (9, 0), int(79.1 * _GIB), 3352e9, 1.98, 50 * _MIB, 132, 128, 2048, 228 * _KIB, 227 * _KIB,
+        "NVIDIA H100", (9, 0), int(79.1 * _GIB), 3352e9, 989e12, 1.98, 50 * _MIB, 132, 128, 2048, 228 * _KIB, 227 * _KIB,
         features="ACCELERATED_FEATURES",
     ),
 }  # fmt: skip

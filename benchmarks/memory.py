@@ -194,10 +194,7 @@ def run(
         raise UserError(f"--platform={platform} and --device={device} say both what to compile for; give one of them.")
     if device:
         absent.find(device)
-    if unknown := set(which) - {"train", "sample"}:
-        raise UserError(f"--programs: there is no program {unknown.pop()!r}; choose from train, sample.")
-    training = [programs.Case.parse(name) for name in cases] or programs.usual_cases(config)[:1]
-    todo = [case for case in training if "train" in which] + ([None] if "sample" in which else [])
+    todo = programs.chosen(config, which, cases)
     size = programs.vocabulary(config, vocab_size)
     parts = [measure.in_fresh_process(search, config, size, case, gib, most, refine, platform, device) for case in todo]
     return {

@@ -98,6 +98,18 @@ def usual_cases(config: ConfigDict) -> list[Case]:
     return [Case("duo", config.algo.curriculum.kind), Case("duo", "discrete")]
 
 
+def chosen(config: ConfigDict, which: Sequence[str], cases: Sequence[str]) -> list[Case | None]:
+    """Returns what `--programs` and `--cases` ask for: what is trained, the config's first phase if unsaid; None samples.
+
+    Raises:
+        UserError: there is no such program or case.
+    """
+    if unknown := set(which) - {"train", "sample"}:
+        raise UserError(f"--programs: there is no program {unknown.pop()!r}; choose from train, sample.")
+    training = [Case.parse(name) for name in cases] or usual_cases(config)[:1]
+    return [case for case in training if "train" in which] + ([None] if "sample" in which else [])
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """A train step, not compiled yet.

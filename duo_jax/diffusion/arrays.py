@@ -108,6 +108,11 @@ def anew(x: jax.Array, after: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, after, cpu=lambda x, _: x, default=barrier)
 
 
+def written(x: jax.Array) -> jax.Array:
+    """Returns x such that an accelerator computes it once, whoever reads it; a CPU does as it likes."""
+    return jax.lax.platform_dependent(x, cpu=lambda x: x, default=jax.lax.optimization_barrier)
+
+
 def as_float(values: jax.typing.ArrayLike) -> jax.Array:
     """At least float32: losses and probabilities are never computed in half precision."""
     values = jnp.asarray(values)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from duo_jax import hardware
+from duo_jax.diffusion.arrays import as_float
 from duo_jax.errors import UserError
 from duo_jax.hardware import Hardware
 
@@ -72,11 +73,11 @@ def rotary_angles(length: int, head_dim: int, base: float = 10_000.0) -> tuple[j
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns each pair (x_i, x_{i + head_dim/2}) of `x [B, L, H, head_dim]` by its position's angle, in float32."""
-    dtype, x = x.dtype, x.astype(jnp.float32)
-    low, high = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-high, low], axis=-1)
-    return (x * cos[:, None, :] + turned * sin[:, None, :]).astype(dtype)
+    """Turns each pair (x_i, x_{i + head_dim/2}) of `x [B, L, H, head_dim]` by its position's angle, in float32 or wider."""
+    halves = as_float(x).reshape(*x.shape[:-1], 2, -1)
+    cos, sin = (angle.reshape(-1, 1, 2, halves.shape[-1]) for angle in (cos, sin))
+    turned = jnp.flip(halves, axis=-2) * jnp.asarray([[-1.0], [1.0]])
+    return (halves * cos + turned * sin).reshape(x.shape).astype(x.dtype)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, requested: str) -> jax.Array:

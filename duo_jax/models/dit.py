@@ -6,15 +6,13 @@ Token (or relaxed token) embeddings pass through blocks whose LayerNorms are shi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from duo_jax.diffusion.arrays import anew
-from duo_jax.models import attention, head
+from duo_jax.models import attention, head, layers
 
 TIME_FEATURES = 256
 
@@ -44,35 +42,44 @@ def time_features(sigma: jax.Array, size: int = TIME_FEATURES, max_period: float
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def by_token(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Returns `fn` of `x [B, L, D]` seen as `[B L, D]`: on a CPU a gradient summed over two axes takes twice as long."""
-    return fn(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-
-
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form; for the gradient x alone is kept, on a GPU a sixth of a block's memory less."""
-    return nn.gelu(x, approximate=True)
-
-
-def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gelu(x), x
-
-
-def _gelu_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    return jax.vjp(functools.partial(nn.gelu, approximate=True), anew(x, cotangent))[1](cotangent)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
+def by_token(x: jax.Array) -> jax.Array:
+    """Returns `x [B, L, D]` as `[B L, D]`: on a CPU a kernel's gradient summed over two axes takes twice as long."""
+    return x.reshape(-1, x.shape[-1])
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm without bias, computed in float32 whatever the compute type."""
+    """`layers.modulated_norm` and its weight."""
+
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis."""
-        return nn.LayerNorm(epsilon=1e-5, use_bias=False, dtype=jnp.float32, use_fast_variance=False, name="norm")(x)
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | None = None) -> jax.Array:
+        """Normalises the last axis of `x [B, L, D]`."""
+        return layers.modulated_norm(x, Weight(name="norm")(x.shape[-1]), scale, shift, self.dtype)
+
+
+class Weight(nn.Module):
+    """The weight of a LayerNorm, one at the start."""
+
+    @nn.compact
+    def __call__(self, dim: int) -> jax.Array:
+        """Returns `[dim]`."""
+        return self.param("scale", nn.initializers.ones, (dim,))
+
+
+class Dense(nn.Module):
+    """A linear map whose bias is left to what comes after it to add."""
+
+    features: int
+    use_bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Maps `[N, D]` to the product `[N, features]`, in the compute type, and the bias `[features]`."""
+        kernel = self.param("kernel", _uniform_fan_in, (x.shape[-1], self.features))
+        bias = self.param("bias", _uniform_bias(x.shape[-1]), (self.features,)) if self.use_bias else None
+        return x.astype(self.dtype) @ kernel.astype(self.dtype), bias
 
 
 class Modulation(nn.Module):
@@ -103,22 +110,12 @@ class Block(nn.Module):
     def setup(self) -> None:
         """Makes the parts."""
 
-        def dense(features: int, fan_in: int, use_bias: bool) -> nn.Dense:
-            return nn.Dense(
-                features,
-                use_bias=use_bias,
-                dtype=self.dtype,
-                kernel_init=_uniform_fan_in,
-                bias_init=_uniform_bias(fan_in),
-            )
-
-        self.norm1 = LayerNorm()
-        self.norm2 = LayerNorm()
-        self.qkv = dense(3 * self.dim, self.dim, use_bias=False)
-        self.attn_out = dense(self.dim, self.dim, use_bias=False)
-        self.mlp_in = dense(4 * self.dim, self.dim, use_bias=True)
-        self.mlp_out = dense(self.dim, 4 * self.dim, use_bias=True)
-        self.drop = nn.Dropout(self.dropout)
+        self.norm1 = LayerNorm(self.dtype)
+        self.norm2 = LayerNorm(self.dtype)
+        self.qkv = Dense(3 * self.dim, False, self.dtype)
+        self.attn_out = Dense(self.dim, False, self.dtype)
+        self.mlp_in = Dense(4 * self.dim, True, self.dtype)
+        self.mlp_out = Dense(self.dim, True, self.dtype)
         if self.adaln:
             self.modulation = Modulation(6, self.dim, self.dtype)
 
@@ -154,19 +151,23 @@ class Block(nn.Module):
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
         """The block, whoever holds the keys and values: `attend(q, k, v)`, each `[B, L, H, head_dim]`."""
-        batch, length, _ = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond) if self.adaln else (0, 0, 1, 0, 0, 1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond) if self.adaln else (None,) * 6
 
-        y = self.norm1(x) * (1 + scale1) + shift1
-        # Split before the heads are: the gradient is then one concatenation, not three padded arrays to be added.
-        q, k, v = (part.reshape(batch, length, self.heads, -1) for part in jnp.split(by_token(self.qkv, y), 3, axis=-1))
-        y = attend(attention.rotate(q, cos, sin), attention.rotate(k, cos, sin), v)
-        y = by_token(self.attn_out, y.reshape(batch, length, self.dim))
-        x = x + gate1 * self.drop(y, deterministic=not train)
+        qkv, _ = self.qkv(by_token(self.norm1(x, scale1, shift1)))
+        y = attend(*layers.heads_of(qkv.reshape(*x.shape[:2], -1), cos, sin))
+        x = self._add(x, *self.attn_out(by_token(y.reshape(x.shape))), gate1, train)
 
-        y = self.norm2(x) * (1 + scale2) + shift2
-        y = by_token(lambda y: self.mlp_out(gelu(self.mlp_in(y))), y)
-        return x + gate2 * self.drop(y, deterministic=not train)
+        y = layers.gelu(*self.mlp_in(by_token(self.norm2(x, scale2, shift2))))
+        return self._add(x, *self.mlp_out(y), gate2, train)
+
+    def _add(
+        self, x: jax.Array, y: jax.Array, bias: jax.Array | None, gate: jax.Array | None, train: bool
+    ) -> jax.Array:
+        """The residual stream `x [B, L, D]` and what a branch's last product `y [B L, D]` adds to it."""
+        kept, share = None, 1.0
+        if train and self.dropout:
+            kept, share = layers.dropout_mask(self.make_rng("dropout"), self.dropout, x.shape)
+        return layers.gated_sum(x, y.reshape(x.shape), bias, gate, kept, share)
 
 
 class Head(nn.Module):
@@ -273,11 +274,8 @@ class DiT(nn.Module):
                 x = layer(x, cond, cos, sin, train)
         else:
             x = self._through_blocks(x, cond, cos, sin, self.make_rng("dropout") if train else None)
-        x = self.norm_final(x)
-        if self.adaln:
-            shift, scale = self.modulation_final(cond)
-            x = x * (1 + scale) + shift
-        return x.astype(jnp.float32)
+        shift, scale = self.modulation_final(cond) if self.adaln else (None, None)
+        return self.norm_final(x, scale, shift)
 
     def _through_blocks(
         self, x: jax.Array, cond: jax.Array | None, cos: jax.Array, sin: jax.Array, dropout_key: jax.Array | None
@@ -323,7 +321,7 @@ class DiT(nn.Module):
         for layer, past in zip(self.layers, cache, strict=True):
             x, past = layer.next(x, past, position, cos, sin)
             grown.append(past)
-        return self.norm_final(x).astype(jnp.float32), tuple(grown)
+        return self.norm_final(x), tuple(grown)
 
     def __call__(
         self,

@@ -130,6 +130,8 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh) -> tuple[Any,
         in_shardings=(shardings, partition.batch_sharding(mesh)),
         out_shardings=(shardings, partition.replicated(mesh)),
         donate_argnums=0,
+        # Half-precision arrays are read as they were rounded: to sum what they were before, XLA would keep it in float32.
+        compiler_options={"xla_allow_excess_precision": False},
     )
     return jax.jit(initial, out_shardings=shardings), step, shapes
 

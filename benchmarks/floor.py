@@ -1,0 +1,188 @@
+"""How fast a GPU that need not be here can be at best, and what takes the time, found by compiling alone.
+
+    python -m benchmarks.floor --config=configs/owt.py --config.train.batch_size=64 --device=h100
+    python -m benchmarks.floor --config=configs/owt.py --config.sample.batch_size=32 --config.sample.n_steps=8 \\
+        --device=h100 --programs=sample --trips=5
+
+Each kernel of the compiled program takes at least as long as the memory needs for the bytes that it reads and writes, and
+the matrix units for its products. The sum over all kernels is a floor, not a measurement: nothing runs. It says what a
+change to the program is worth, and which kernels are worth one. By default at the rates of the GPU's data sheet; `--gbs` and
+`--tflops` say what it is known to reach. Not counted are launches, arithmetic outside of products, and what the GPU's own
+choice between kernels would change. A loop of unknown length, as over a sampler's asked tokens, runs `--trips` times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import absent, flops, hlo, measure, programs, report
+from duo_jax import cli
+from duo_jax.errors import UserError
+
+COLUMNS = {"part": "part", "kernels": "kernels", "gb": "GB", "tflop": "TFLOP", "ms": "floor ms", "share": "%"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a GPU reaches: bytes a second, and FLOPs a second of half-precision products."""
+
+    bytes: float
+    flops: float
+
+    def seconds(self, kernel: hlo.Kernel) -> float:
+        """Returns the least that all runs of a kernel take."""
+        return kernel.times * max(kernel.bytes / self.bytes, kernel.flops / self.flops)
+
+
+def part(source: str) -> str:
+    """Returns where in the source a kernel comes from, in short: its pass, and the last two names of its place.
+
+    What is in no module but in a loop is the vocabulary head's, in training, and where a sampler draws.
+    """
+    way = "backward " if "transpose(" in source else "forward " if "jvp(" in source else ""
+    names = [re.sub(r"transpose\(|jvp\(|\)", "", name) for name in source.split("/") if not name.startswith("jit(")]
+    named = [name for name in names if name not in ("", "body", "closed_call", "checkpoint") and "branch_" not in name]
+    return way + "/".join(named[-2:]) or "other"
+
+
+def floor(
+    config: ConfigDict, vocab_size: int, case: programs.Case | None, device: str, rates: Rates, trips: int
+) -> dict[str, Any]:
+    """Returns a program's floor and its parts, the dearest first; of a process that does nothing else.
+
+    Args:
+        config: of the run.
+        vocab_size: K.
+        case: what is trained; None for sampling.
+        device: see `absent.GPUS`.
+        rates: what it reaches.
+        trips: how often a loop runs whose length is unknown.
+    """
+    with absent.compiling_for(device) as devices:
+        make = programs.sampler if case is None else programs.training
+        plan = make(config if case is None else case.apply(config), vocab_size, devices)
+        compiled, seconds = measure.compiled(plan.lowered)
+        program = hlo.Program(compiled.as_text(), trips)
+        kernels = program.kernels()
+        environment, dtype = measure.environment(devices), plan.network.dtype.name
+    network, total = plan.network, sum(map(rates.seconds, kernels))
+    batch = config.sample.batch_size if case is None else config.train.batch_size
+    parts: dict[str, list[hlo.Kernel]] = defaultdict(list)
+    for kernel in kernels:
+        parts[part(kernel.source)].append(kernel)
+    rows = [
+        {
+            "part": name,
+            "kernels": sum(kernel.times for kernel in members),
+            "gb": sum(kernel.times * kernel.bytes for kernel in members) / 1e9,
+            "tflop": sum(kernel.times * kernel.flops for kernel in members) / 1e12,
+            "ms": 1e3 * sum(map(rates.seconds, members)),
+            "share": 100 * sum(map(rates.seconds, members)) / total,
+        }
+        for name, members in parts.items()
+    ]
+    return {
+        "environment": environment,
+        "program": "sample" if case is None else f"train {case}",
+        "batch": batch, "length": network.length, "vocab": vocab_size, "blocks": network.blocks,
+        "dtype": dtype, "compile_s": seconds,
+        "gbs": rates.bytes / 1e9, "tflops": rates.flops / 1e12,
+        "gb": sum(row["gb"] for row in rows), "tflop": sum(row["tflop"] for row in rows),
+        "ms": 1e3 * total, "tokens_per_s": batch * network.length / total,
+        "mfu": None if case is None else 100 * model_flops(network, case, batch) / (total * rates.flops),
+        "unknown_loops": len(program.unknown), "trips": trips,
+        "rows": sorted(rows, key=lambda row: -row["ms"]),
+    }  # fmt: skip
+
+
+def model_flops(network: Any, case: programs.Case, batch: int) -> float:
+    """Returns a train step's FLOPs by formula."""
+    return batch * flops.train_row(network, network.length, relaxed=case.phase == "full")
+
+
+def text(found: dict[str, Any], top: int) -> str:
+    """Returns a program's floor to read."""
+    shown, rest = found["rows"][:top], found["rows"][top:]
+    if rest:
+        names = ("kernels", "gb", "tflop", "ms", "share")
+        shown = [*shown, {"part": f"{len(rest)} more", **{name: sum(row[name] for row in rest) for name in names}}]
+    shown = [*shown, {"part": "in all", **{name: found[name] for name in ("gb", "tflop", "ms")}}]
+    loops = (
+        f" {found['unknown_loops']} loops of unknown length count {found['trips']} times."
+        if found["unknown_loops"]
+        else ""
+    )
+    used = "" if found["mfu"] is None else f", MFU {found['mfu']:.0f}%"
+    return "\n\n".join(
+        [
+            f"{found['program']}, B = {found['batch']}, L = {found['length']:,}, K = {found['vocab']:,}, {found['dtype']}, "
+            f"compiled for {report.where(found['environment'])}; nothing was run.{loops}",
+            report.table(shown, COLUMNS),
+            f"At {found['gbs']:,.0f} GB/s and {found['tflops']:,.0f} TFLOP/s it takes at least {found['ms']:.1f} ms: "
+            f"at most {found['tokens_per_s']:,.0f} tokens/s{used}.",
+        ]
+    )
+
+
+def run(
+    config: ConfigDict,
+    *,
+    device: str | None,
+    vocab_size: int | None,
+    which: Sequence[str],
+    cases: Sequence[str],
+    gbs: float | None,
+    tflops: float | None,
+    trips: int,
+) -> dict[str, Any]:
+    """Returns the report: of each program its floor and its parts."""
+    if device is None:
+        raise UserError(f"--device is missing; give one of {', '.join(absent.GPUS)}.")
+    gpu = absent.find(device)
+    rates = Rates(gpu.bandwidth if gbs is None else gbs * 1e9, gpu.flops if tflops is None else tflops * 1e12)
+    if min(rates.bytes, rates.flops) <= 0 or trips < 1:
+        raise UserError(f"--gbs is {gbs}, --tflops {tflops}, --trips {trips}; they must be above 0.")
+    size = programs.vocabulary(config, vocab_size)
+    todo = programs.chosen(config, which, cases)
+    return {"programs": [measure.in_fresh_process(floor, config, size, case, device, rates, trips) for case in todo]}
+
+
+def main(config: ConfigDict) -> None:
+    """Counts as the flags say."""
+    options = flags.FLAGS
+    folder = report.check_folder(options.out)
+    found = run(
+        config,
+        device=options.device,
+        vocab_size=options.vocab_size,
+        which=options.programs,
+        cases=options.cases,
+        gbs=options.gbs,
+        tflops=options.tflops,
+        trips=options.trips,
+    )
+    told = "\n\n".join(text(program, options.top) for program in found["programs"])
+    print(f"\n{told}\n")
+    report.save(folder, "floor", found, told)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("device", None, f"The GPU, which need not be here: {', '.join(absent.GPUS)}.")
+    flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
+    flags.DEFINE_list("programs", ["train"], "What is counted: train, sample.")
+    flags.DEFINE_list("cases", [], "What to train, as for benchmarks.train; the config's first phase if not given.")
+    flags.DEFINE_float("gbs", None, "What the memory reaches, GB/s; the data sheet's figure if not given.")
+    flags.DEFINE_float(
+        "tflops", None, "What products of matrices reach, TFLOP/s; the data sheet's figure if not given."
+    )
+    flags.DEFINE_integer("trips", 1, "How often a loop of unknown length runs.")
+    flags.DEFINE_integer("top", 30, "How many parts are shown.")
+    flags.DEFINE_string("out", None, "A folder for floor.json and floor.md.")
+    cli.run(main)
