@@ -15,12 +15,15 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["UserError", "export", "load", "sample", "score"]
 
+_ROOMS = ("api", "convert", "data", "diffusion", "evaluation", "models", "objectives", "sampling", "training")
 _HOMES = dict.fromkeys(("export", "load", "sample", "score"), "duo_jax.api") | {"UserError": "duo_jax.errors"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"duo_jax.{name}")
     raise AttributeError(f"module 'duo_jax' has no attribute {name!r}")
 
 

@@ -94,7 +94,7 @@ def load(
     return checkpoint.read(path, ema=ema)[0]
 
 
-def export(params: Params, to: str | Path, *, step: int = 0, ema: bool = True) -> None:
+def export(params: Params, to: str | Path, *, step: int = 0) -> None:
     """Writes a network to a new folder that `load` reads back bit for bit, and that can be put on the hub as it is.
 
     It holds `model.safetensors` under the reference's names, `config.json`, the tokenizer and a model card.
@@ -103,7 +103,6 @@ def export(params: Params, to: str | Path, *, step: int = 0, ema: bool = True) -
         params: what `load` returned.
         to: a folder, which must not exist or be empty; or a file `.ckpt`, for the PyTorch reference, which needs PyTorch.
         step: the training step of the weights, for the record.
-        ema: whether they are averaged weights, for the record.
 
     Raises:
         UserError: the place is taken or cannot be written, or the tokenizer or PyTorch cannot be had.
@@ -111,7 +110,7 @@ def export(params: Params, to: str | Path, *, step: int = 0, ema: bool = True) -
     if Path(to).suffix == ".ckpt":
         convert.write_lightning(params, to, step=step)
     else:
-        convert.write(params, to, tokenizer_of(params.tokenizer).save, step=step, ema=ema)
+        convert.write(params, to, tokenizer_of(params.tokenizer).save, step=step)
 
 
 @functools.lru_cache(maxsize=4)
@@ -181,19 +180,18 @@ def sample(
     network = params.network
     length = network.length if length is None else length
     rows_at_once = _ROWS_A_DEVICE * jax.local_device_count() if rows_at_once is None else rows_at_once
-    n_steps, batch_size, rows_at_once, early_stop, seed = (
+    n_steps, batch_size, rows_at_once, early_stop = (
         _whole(name, value)
         for name, value in (("n_steps", n_steps), ("batch_size", batch_size), ("rows_at_once", rows_at_once),
-                            ("early_stop", early_stop), ("seed", seed))
+                            ("early_stop", early_stop))
     )  # fmt: skip
+    seed = _seed(seed)
     length, stride = _whole("length", length), None if stride is None else _whole("stride", stride)
     least = 2 if network.algo == "ar" else 1  # its first token is given
     if batch_size < 1 or length < least:
         raise UserError(f"batch_size is {batch_size} and length {length}; they must be at least 1 and {least}.")
     if rows_at_once < 1:
         raise UserError(f"rows_at_once is {rows_at_once}; it must be at least 1.")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed is {seed}; it must be from 0 to 2^32 - 1.")
     for name, value in (("top_p", top_p), ("temperature", temperature), ("guidance", guidance)):
         if not isinstance(value, numbers.Real):
             raise UserError(f"{name} is {value!r}; it must be a number.")
@@ -213,6 +211,7 @@ def sample(
         guided=guidance != 1.0,
         early_stop=early_stop,
         trajectory=trajectory,
+        tells=progress and mesh is None and jax.local_device_count() == 1,
     )
     tokenizer = tokenizer_of(params.tokenizer)
     shape = (batch_size, length)
@@ -236,12 +235,24 @@ def sample(
             trajectory=texts.trajectory,
         )
 
+    finished = 0
+
+    def planned(steps: int) -> None:
+        bar.total = steps if settings.tells else batch_size
+
     def done(texts: sampling.texts.Texts) -> None:
+        nonlocal finished
+        finished += len(texts.tokens)
         if each is not None:
             each(samples(texts))
-        bar.update(len(texts.tokens))
+        if not settings.tells:
+            bar.update(len(texts.tokens))
+        elif finished < batch_size:
+            bar.set_postfix_str(f"{finished:,} of {batch_size:,} texts", refresh=False)
 
-    with progress_lib.bar(total=batch_size, desc="sampling", unit=" texts", disable=not progress) as bar:
+    unit = " steps" if settings.tells else " texts"
+    bar = progress_lib.bar(total=0, desc="sampling", unit=unit, disable=not progress)
+    with bar, progress_lib.listening(bar.update):
         texts = sampling.texts.sample(
             params.weights,
             network,
@@ -255,8 +266,11 @@ def sample(
             stride=stride,
             rows_at_once=rows_at_once,
             mesh=mesh,
+            planned=planned,
             done=done,
         )
+        if settings.tells:
+            jax.effects_barrier()
     return samples(texts)
 
 
@@ -266,6 +280,14 @@ def _whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError as error:
         raise UserError(f"{name} is {value!r}; it must be a whole number.") from error
+
+
+def _seed(value: Any) -> int:
+    """Returns a seed as the int that it is, or raises UserError."""
+    seed = _whole("seed", value)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be from 0 to 2^32 - 1.")
+    return seed
 
 
 def _rows(tokens: list[int], tokenizer: tokenizers.Tokenizer, length: int) -> list[list[int]]:
@@ -297,12 +319,15 @@ def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int 
         n_samples: independent estimates; the standard error shrinks with their square root.
 
     Raises:
-        UserError: an empty input, ids outside the vocabulary, or no estimates.
+        UserError: an empty input, ids outside the vocabulary, rows longer than the network's, or no estimates.
     """
     network = params.network
+    n_samples, seed = _whole("n_samples", n_samples), _seed(seed)
     if n_samples < 1:
         raise UserError(f"n_samples is {n_samples}; at least 1 estimate is needed, and 2 for a standard error.")
     if isinstance(text_or_tokens, str):
+        if not text_or_tokens:
+            raise UserError("there is nothing to score: the text is empty.")
         tokenizer = tokenizer_of(params.tokenizer)
         rows: list[Any] = _rows(tokenizer.encode(text_or_tokens), tokenizer, network.length)
     else:
@@ -315,6 +340,11 @@ def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int 
         if tokens.min() < 0 or tokens.max() >= network.vocab_size:
             raise UserError(
                 f"token ids must lie in [0, {network.vocab_size}); these reach {tokens.min()} to {tokens.max()}."
+            )
+        if tokens.shape[1] > network.length:
+            raise UserError(
+                f"the rows have {tokens.shape[1]} tokens, and the network reads {network.length}; cut them, or score a "
+                "string, which is cut."
             )
         rows = list(tokens)
     if network.algo == "ar" and min(len(row) for row in rows) < 2:

@@ -77,6 +77,7 @@ class Gaussian:
         )
         if not low < high:
             raise UserError(f"config.algo.gamma_min = {low:.3f} must lie below config.algo.gamma_max = {high:.3f}.")
+        operators.check_levels(algo.operator, vocab_size, low, high)
         curriculum, distil = algo.curriculum, algo.distillation
         return cls(
             gamma_min=low,
@@ -152,12 +153,15 @@ class Objective:
     def times(self, key: jax.Array, mask: jax.Array, eps: float | None = None) -> jax.Array:
         """Returns one time a row `[B]` in [eps, 1], low-discrepancy over the rows of the whole batch that count.
 
+        Which row gets which time is drawn too: rows that come in some order would otherwise each see its own part of them.
         Rows that only fill up a batch, whose `mask [B, L]` is 0, take no share of the times: those of the others would
         otherwise not cover [eps, 1].
         """
+        key_place, key_time = jax.random.split(key)
         counts = jnp.any(mask > 0, axis=1)
-        rank = jnp.cumsum(counts) - counts
-        share = (rank + jax.random.uniform(key)) / jnp.maximum(jnp.sum(counts), 1)
+        place = jnp.where(counts, jax.random.uniform(key_place, counts.shape), 2.0)
+        rank = jnp.argsort(jnp.argsort(place))
+        share = (rank + jax.random.uniform(key_time)) / jnp.maximum(jnp.sum(counts), 1)
         eps = self.network.eps_t if eps is None else eps
         return eps + (1.0 - eps) * jnp.minimum(share, 1.0)
 

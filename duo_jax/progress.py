@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -30,6 +32,25 @@ def bar(**kwargs: Any) -> tqdm:
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, **kwargs)
     return tqdm(file=_Lines(sys.stderr), mininterval=15, maxinterval=15, ncols=100, ascii=True, **kwargs)
+
+
+_listeners: list[Callable[[], Any]] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[], Any]) -> Iterator[None]:
+    """Calls the listener at each step of the programs that run in this block, if they were compiled to tell of them."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def tell_of_step(*_: Any) -> None:
+    """What a program that tells of its steps calls back, with an array that the step has made."""
+    for listener in _listeners:
+        listener()
 
 
 def say(text: str = "") -> None:

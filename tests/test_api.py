@@ -74,6 +74,23 @@ def test_neither_a_seed_nor_top_p_compiles_anew(params):
 
 
 @pytest.mark.parametrize(
+    ("kwargs", "steps"),
+    [({"n_steps": 3}, 4), ({"n_steps": 3, "noise_removal": "none", "batch_size": 3, "rows_at_once": 2}, 2 * 3),
+     ({"n_steps": 2, "length": 100, "stride": 30}, 4 * 3)],
+)  # fmt: skip
+def test_progress_counts_steps(params, kwargs, steps, monkeypatch, capsys):
+    bars = []
+    plain = duo_jax.api.progress_lib.bar
+    monkeypatch.setattr(duo_jax.api.progress_lib, "bar", lambda **given: bars.append(plain(**given)) or bars[-1])
+    told = duo_jax.sample(params, progress=True, **kwargs)
+    (bar,) = bars
+    assert (bar.n, bar.total, bar.unit) == (steps, steps, " steps")
+    assert "sampling" in capsys.readouterr().err
+    np.testing.assert_array_equal(told.tokens, duo_jax.sample(params, **kwargs).tokens)
+    assert not duo_jax.api.progress_lib._listeners
+
+
+@pytest.mark.parametrize(
     ("kwargs", "message"),
     [({"n_steps": 0}, "at least 1 step"), ({"top_p": 0}, "top_p is 0"), ({"batch_size": 0}, "at least 1"),
      ({"sampler": "x"}, "choose one of"), ({"noise_removal": "x"}, "choose one of")],
@@ -119,6 +136,20 @@ def test_scores_that_cannot_be_are_refused(params):
         duo_jax.score(params, [[1, 2], [3]])
     with pytest.raises(duo_jax.UserError, match="whole numbers"):
         duo_jax.score(params, np.zeros((2, 3)))
+    with pytest.raises(duo_jax.UserError, match="the text is empty"):
+        duo_jax.score(params, "")
+    with pytest.raises(duo_jax.UserError, match="the rows have 500 tokens, and the network reads 32"):
+        duo_jax.score(params, [5] * 500)
+    for wrong in ({"n_samples": 2.5}, {"n_samples": "2"}, {"seed": "x"}):
+        with pytest.raises(duo_jax.UserError, match="must be a whole number"):
+            duo_jax.score(params, "text", **wrong)
+
+
+def test_a_score_does_not_depend_on_the_order_of_its_rows(params):
+    """Each row is seen at all noise levels, whatever its place. Within 5.3 standard errors: a false alarm in 8 million."""
+    easy, hard = [5] * 32, list(range(40, 72))
+    one, other = (duo_jax.score(params, rows, n_samples=400) for rows in ([easy, hard], [hard, easy]))
+    assert abs(one.nll - other.nll) < 5.3 * (one.stderr**2 + other.stderr**2) ** 0.5
 
 
 def test_eval_and_sample_from_the_command_line(trained, text_folder, tmp_path):

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     params = api.load(args.source, ema=args.ema, **asked)
     folder = convert.local(args.source)
     step = checkpoint.find(folder)[1] if folder.is_dir() else 0
-    api.export(params, args.to, step=step, ema=args.ema)
+    api.export(params, args.to, step=step)
     net = params.network
     progress.say(
         f"{args.to}: {net.algo}, {net.blocks} blocks of width {net.dim} with {net.heads} heads, {net.length} tokens, "

@@ -6,12 +6,15 @@ trip is exact. Arrays in, arrays out: reading files is left to the caller.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from duo_jax.errors import UserError
+from duo_jax.models.network import Params
 
 # Ours -> the reference's, in the order of its parameters, which its averaged weights are listed in. "kernel" leaves are
 # transposed on the way.
@@ -58,6 +61,11 @@ def _pairs(blocks: int, adaln: bool) -> dict[str, str]:
     return pairs
 
 
+_PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|model\.|backbone\.)+")
+# Parts of the reference's training state that are no part of the network.
+_IGNORED = ("teacher.", "noise.", "metrics.")
+
+
 def _shapes(blocks: int, adaln: bool, vocab: int, dim: int, cond: int) -> dict[str, tuple[int, ...]]:
     """Returns the reference's key -> shape for a whole network."""
     ends = {
@@ -92,6 +100,19 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
+def unprefixed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the network's entries under their bare names, in their order."""
+    bare: dict[str, Any] = {}
+    for key, value in state.items():
+        name = _PREFIX.sub("", str(key))
+        if str(key).startswith(_IGNORED):
+            continue
+        if name in bare:
+            raise UserError(f"the state dict holds {name} twice, under different prefixes; it is of two networks.")
+        bare[name] = value
+    return bare
+
+
 def check(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Returns our path -> the reference's key for a state dict of these shapes, the rotary buffer left out.
 
@@ -120,12 +141,12 @@ def check(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns our nested parameters for the reference's state dict (numpy arrays or CPU tensors).
+    """Returns our nested parameters for the reference's state dict (numpy arrays or CPU tensors), prefixed or not.
 
     Raises:
         UserError: keys that are missing or that no part of the network owns, or arrays of a wrong shape, listed.
     """
-    state = {key: np.asarray(value) for key, value in state_dict.items()}
+    state = {key: np.asarray(value) for key, value in unprefixed(state_dict).items()}
     pairs = check({key: value.shape for key, value in state.items()})
     params: dict[str, Any] = {}
     for ours, theirs in pairs.items():
@@ -137,15 +158,18 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return params
 
 
-def to_torch(params: Mapping[str, Any], *, heads: int) -> dict[str, np.ndarray]:
+def to_torch(params: Mapping[str, Any] | Params, *, heads: int | None = None) -> dict[str, np.ndarray]:
     """Returns the reference's state dict, as contiguous numpy arrays, for our nested parameters.
 
     The parameters are in the reference's order; its rotary buffer comes last.
 
     Args:
-        params: as `from_torch` returns.
-        heads: attention heads, on which the reference's rotary buffer depends.
+        params: as `from_torch` returns, or as `duo_jax.load` does.
+        heads: attention heads, on which the reference's rotary buffer depends; without it, as parameters alone do not tell
+            it, that buffer is left out.
     """
+    if isinstance(params, Params):
+        params, heads = jax.device_get(params.weights), params.network.heads
     blocks = sum(key.startswith("block_") for key in params)
     state = {}
     for ours, theirs in _pairs(blocks, adaln="time_in" in params).items():
@@ -154,6 +178,7 @@ def to_torch(params: Mapping[str, Any], *, heads: int) -> dict[str, np.ndarray]:
             value = value[name]
         value = np.asarray(value)
         state[theirs] = np.ascontiguousarray(value.T if ours.endswith("/kernel") else value)
-    head_dim = state["vocab_embed.embedding"].shape[1] // heads
-    state[INVERSE_FREQUENCY] = (10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    if heads is not None:
+        head_dim = state["vocab_embed.embedding"].shape[1] // heads
+        state[INVERSE_FREQUENCY] = (10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     return state

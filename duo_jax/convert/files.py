@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,13 +26,12 @@ from duo_jax.convert import arrays, card, infer, pickled
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network, Params, Weights
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
 _CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 _FOLDER_FILES = (_WEIGHTS, "pytorch_model.bin")
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-_PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|model\.|backbone\.)+")
-# Parts of the reference's training state that are no part of the network.
-_IGNORED = ("teacher.", "noise.", "metrics.")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -89,19 +89,6 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is no safetensors file, or a damaged one, or of an odd type: {error}.") from error
 
 
-def _unprefixed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the network's entries under their bare names, in their order."""
-    bare: dict[str, Any] = {}
-    for key, value in state.items():
-        name = _PREFIX.sub("", str(key))
-        if str(key).startswith(_IGNORED):
-            continue
-        if name in bare:
-            raise UserError(f"the state dict holds {name} twice, under different prefixes; it is of two networks.")
-        bare[name] = value
-    return bare
-
-
 def _averaged(path: Path, state: dict[str, Any], ema: Any) -> dict[str, Any]:
     """Returns the state with its parameters replaced by their averages.
 
@@ -123,13 +110,13 @@ def _averaged(path: Path, state: dict[str, Any], ema: Any) -> dict[str, Any]:
     return state | dict(zip(names, shadow, strict=True))
 
 
-def _pickled(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the arrays of a file of `torch.save`, and the config in it, if there is one."""
+def _pickled(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any], bool | None]:
+    """Returns the arrays of a file of `torch.save`, the config in it, if there is one, and whether they are averaged."""
     with contextlib.closing(pickled.Archive(path)) as archive:
         root = archive.root
         whole = root if isinstance(root, dict) else {}
         lightning = isinstance(whole.get("state_dict"), dict)
-        state = _unprefixed(whole["state_dict"] if lightning else whole)
+        state = arrays.unprefixed(whole["state_dict"] if lightning else whole)
         strange = [key for key, value in state.items() if not isinstance(value, pickled.Tensor)]
         if strange or not state:
             listed = f"{', '.join(map(str, strange[:8]))} are no tensors" if strange else "it is empty"
@@ -142,7 +129,8 @@ def _pickled(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, An
         except RecursionError:
             config = None
         config = config.get("config", config) if isinstance(config, dict) else {}
-        return {key: archive.array(value) for key, value in state.items()}, config if isinstance(config, dict) else {}
+        config = config if isinstance(config, dict) else {}
+        return {key: archive.array(value) for key, value in state.items()}, config, ema if lightning else None
 
 
 def _fetched(name: str) -> Path:
@@ -191,10 +179,11 @@ def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
     """
     path, folder = _open(path_or_name)
     config = _config(folder) if path.name in _FOLDER_FILES else {}  # beside another file it may be another model's
+    averaged = None
     if path.suffix == ".safetensors":
-        state = _unprefixed(_safetensors(path))
+        state = arrays.unprefixed(_safetensors(path))
     elif path.suffix in _PICKLED:
-        state, inside = _pickled(path, ema)
+        state, inside, averaged = _pickled(path, ema)
         config = inside or config
     else:
         raise UserError(f"{path} is of no known kind; give a file {', '.join(_PICKLED)} or .safetensors.")
@@ -208,13 +197,14 @@ def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
     if ours is None:
         network, tokenizer = infer.network(state, infer.facts(config, Path(path_or_name).name), asked)
     else:
-        network, tokenizer = _recorded(folder, ours, ema, asked)
+        network, tokenizer, averaged = _recorded(folder, ours, ema, asked)
         _check_recorded(folder, network, params, state)
-    return Params(weights=jax.device_put(params, jax.local_devices()[0]), network=network, tokenizer=tokenizer)
+    weights = jax.device_put(params, jax.local_devices()[0])
+    return Params(weights=weights, network=network, tokenizer=tokenizer, averaged=averaged)
 
 
-def _recorded(folder: Path, ours: Any, ema: bool, asked: Mapping[str, Any]) -> tuple[Network, str]:
-    """Returns what a folder of ours says of its network, and its tokenizer."""
+def _recorded(folder: Path, ours: Any, ema: bool, asked: Mapping[str, Any]) -> tuple[Network, str, bool | None]:
+    """Returns what a folder of ours says of its network, its tokenizer, and whether the weights are averaged."""
     given = [name for name, value in asked.items() if value is not None]
     if given:
         raise UserError(f"{folder} tells all of its network; leave out {', '.join(given)}.")
@@ -223,7 +213,9 @@ def _recorded(folder: Path, ours: Any, ema: bool, asked: Mapping[str, Any]) -> t
             raise UserError(f"{folder} has format {ours['format']}; this version of duo_jax reads format {FORMAT}.")
         if ours["ema"] and not ema:
             raise UserError(f"{folder} holds the averaged weights only; leave out --no-ema (in Python: ema=False).")
-        return Network(**ours["network"]), str(folder / _TOKENIZER)
+        if ours["ema"] is False and ema:
+            log.warning("%s holds the last weights of a run, not the averaged ones.", folder)
+        return Network(**ours["network"]), str(folder / _TOKENIZER), ours["ema"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / _CONFIG} is damaged: {error}; export the network again.") from error
 
@@ -260,9 +252,7 @@ def check_new(folder: str | Path) -> Path:
     return folder
 
 
-def write(
-    params: Params, folder: str | Path, save_tokenizer: Callable[[Path], None], *, step: int = 0, ema: bool = True
-) -> None:
+def write(params: Params, folder: str | Path, save_tokenizer: Callable[[Path], None], *, step: int = 0) -> None:
     """Writes a network to a new folder, from which `read` gives the same bits back; all of it, or nothing.
 
     Args:
@@ -270,7 +260,6 @@ def write(
         folder: made here; it must not exist, or be empty.
         save_tokenizer: writes the tokenizer's files to the folder that it is given.
         step: the training step of the weights, if known.
-        ema: whether the weights are averaged ones.
 
     Raises:
         UserError: the folder is not empty, or cannot be written.
@@ -279,7 +268,7 @@ def write(
     from safetensors.numpy import save_file
 
     folder, net = check_new(folder), params.network
-    state = arrays.to_torch(jax.device_get(params.weights), heads=net.heads)
+    state = arrays.to_torch(params)
     config = {
         "model_type": net.algo,
         "vocab_size": net.vocab_size,
@@ -290,7 +279,7 @@ def write(
         "n_heads": net.heads,
         "dropout": net.dropout,
         "causal": net.algo == "ar",
-        "duo_jax": {"format": FORMAT, "step": step, "ema": ema, "network": dataclasses.asdict(net)},
+        "duo_jax": {"format": FORMAT, "step": step, "ema": params.averaged, "network": dataclasses.asdict(net)},
     }
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from duo_jax.convert import arrays
@@ -38,7 +37,7 @@ def write_lightning(params: Params, path: str | Path, *, step: int = 0) -> None:
     path = Path(path).expanduser().absolute()
     if path.exists():
         raise UserError(f"{path} exists; give a new file.")
-    state = arrays.to_torch(jax.device_get(params.weights), heads=params.network.heads)
+    state = arrays.to_torch(params)
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
     done = {"total": {"completed": step}, "current": {"completed": 0}}
     whole = {

@@ -27,7 +27,12 @@ def per_token(value: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 
 
 def token_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One typed key a token, of the given shape, so that a draw does not depend on how the tokens are cut."""
+    """One typed key a token, of the given shape, so that a draw does not depend on how the tokens are cut.
+
+    Raw keys, as of `jax.random.PRNGKey`, are typed first: `map_keys` sees an array of keys by its shape.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
     return jax.random.split(key, shape)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from duo_jax.diffusion.arrays import check_vocab_size, per_token
+from duo_jax.diffusion.arrays import as_float, check_vocab_size, per_token
 from duo_jax.diffusion.order_statistics import distinct_others, top_normals
 from duo_jax.diffusion.special import log_mean_exp_below, ndtr
 from duo_jax.errors import UserError
@@ -29,7 +29,7 @@ def gamma(t: jax.typing.ArrayLike, gamma_min: float, gamma_max: float) -> jax.Ar
 
 def signal_and_noise(gamma: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """The latent's scales (a, s) = (sqrt sigmoid(-gamma), sqrt sigmoid(gamma)), each of gamma's shape."""
-    gamma = jnp.asarray(gamma)
+    gamma = as_float(gamma)
     return jnp.sqrt(jax.nn.sigmoid(-gamma)), jnp.sqrt(jax.nn.sigmoid(gamma))
 
 

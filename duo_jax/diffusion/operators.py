@@ -20,6 +20,7 @@ from duo_jax.errors import UserError
 
 # The series is summed in powers of mu / 4, in the middle of the range in use, to keep float32's exponents small.
 _SERIES_CENTRE = 4.0
+_SERIES_REACH = -4.0  # the least gamma that 150 terms serve
 _FIT_POINTS = 513
 
 
@@ -210,7 +211,11 @@ NAMES = ("exact", "series", "sigmoid", "sigmoid-edge-corrected", "poly3", "poly5
 
 @functools.lru_cache(maxsize=64)
 def by_name(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> Operator:
-    """The operator that a configuration names, one of `NAMES`, for gamma in [gamma_min, gamma_max]."""
+    """The operator that a configuration names, one of `NAMES`, for gamma in [gamma_min, gamma_max].
+
+    Raises:
+        UserError: there is none of that name, the range is empty, or it is one that the series does not reach.
+    """
     check_vocab_size(vocab_size)
     if name not in NAMES:
         raise UserError(
@@ -221,9 +226,29 @@ def by_name(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> O
     if name == "exact":
         return Exact(vocab_size)
     if name == "series":
+        if gamma_min < _SERIES_REACH:
+            raise UserError(
+                f"the series form of the operator is right for gamma >= {_SERIES_REACH:g} only, and gamma_min is "
+                f"{gamma_min:g}; use the exact operator"
+            )
         return Series(vocab_size)
     t = np.linspace(0.0, 1.0, _FIT_POINTS)
     target = _exact_on_host(gamma_min + t * (gamma_max - gamma_min), vocab_size)
     if name.startswith("poly"):
         return Polynomial(gamma_min, gamma_max, _fit_polynomial(int(name.removeprefix("poly")), t, target))
     return Sigmoid(gamma_min, gamma_max, _fit_sigmoid(t, target, edges=name == "sigmoid-edge-corrected"))
+
+
+def check_levels(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> None:
+    """Raises UserError where an operator, which may be a fit, gives signal levels outside (0, 1) on a range of gamma.
+
+    There a token has no distribution and no noise level -log(alpha).
+    """
+    with jax.ensure_compile_time_eval():
+        gamma = jnp.linspace(gamma_min, gamma_max, _FIT_POINTS)
+        alpha = np.asarray(by_name(name, vocab_size, gamma_min, gamma_max).alpha(gamma))
+    if not 0.0 < alpha.min() <= alpha.max() <= 1.0:
+        raise UserError(
+            f"for gamma from {gamma_min:g} to {gamma_max:g} and {vocab_size} tokens the operator {name} gives signal levels "
+            f"from {alpha.min():.3g} to {alpha.max():.3g}, outside (0, 1); use the exact operator"
+        )

@@ -160,11 +160,13 @@ class Params:
         weights: the parameters, a nested dict of float32 arrays.
         network: the sizes and settings, static.
         tokenizer: a name (`gpt2`) or the folder where the tokenizer is saved, static.
+        averaged: whether the weights are averages over training (EMA), static; None if their file does not tell.
     """
 
     weights: Weights
     network: Network = struct.field(pytree_node=False)
     tokenizer: str = struct.field(pytree_node=False)
+    averaged: bool | None = struct.field(pytree_node=False, default=None)
 
 
 def chunk_budget(device: Hardware) -> int:

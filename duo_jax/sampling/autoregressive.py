@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from duo_jax import progress
 from duo_jax.diffusion import categorical
 from duo_jax.diffusion.arrays import token_keys
 from duo_jax.models.dit import DiT
@@ -40,6 +41,8 @@ def run(
         if settings.nucleus:
             logits = categorical.nucleus(logits, top_p)
         following = jnp.where(is_held, fixed, categorical.draw(keys, logits))
+        if settings.tells:
+            jax.debug.callback(progress.tell_of_step, following[0])
         return (following, cache), following
 
     keys = token_keys(key, (length - 1, batch))

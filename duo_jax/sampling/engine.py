@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from duo_jax import progress
 from duo_jax.diffusion import absorbing, categorical, schedules, uniform
 from duo_jax.diffusion.arrays import as_float, map_keys, token_keys
 from duo_jax.errors import UserError
@@ -275,6 +276,8 @@ def run(
         if settings.early_stop:
             states = tuple(jnp.where(stopped[:, None], old, new) for old, new in zip(carry.states, states, strict=True))
             quiet = jnp.where(jnp.all(states[0] == carry.states[0], axis=-1), carry.quiet + 1, 0)
+        if settings.tells:
+            jax.debug.callback(progress.tell_of_step, states[0][0, 0])
         carry = Carry(states, quiet, carry.calls + costs[0], carry.predictions + costs[1])
         return carry, states[0] if settings.trajectory else None
 

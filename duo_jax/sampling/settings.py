@@ -188,6 +188,7 @@ class Settings:
         early_stop: a row is left as it is once so many steps in a row have not changed it, and the network is not
             called when all rows are; 0 never does. Of the uniform process alone.
         trajectory: whether the tokens after every network call are kept.
+        tells: whether the program calls `progress.tell_of_step` after each step; on one device.
     """
 
     n_steps: int
@@ -202,6 +203,7 @@ class Settings:
     guided: bool = False
     early_stop: int = 0
     trajectory: bool = False
+    tells: bool = False
 
     def __post_init__(self) -> None:
         if self.n_steps < 1:

@@ -59,6 +59,7 @@ def sample(
     stride: int | None = None,
     rows_at_once: int | None = None,
     mesh: Mesh | None = None,
+    planned: Callable[[int], Any] = lambda steps: None,
     done: Callable[[Texts], None] = lambda texts: None,
 ) -> Texts:
     """Returns texts of the shape of `known`, all batches and strides by one compiled program.
@@ -79,6 +80,7 @@ def sample(
         stride: new tokens a window.
         rows_at_once: rows of a batch.
         mesh: whose devices share the rows; this process's devices if None.
+        planned: told, before the first, how many steps there are, over all batches and strides.
         done: given each batch as it comes.
 
     Raises:
@@ -115,9 +117,14 @@ def sample(
 
     def draw(key: jax.Array, part: Known, other: Known | None) -> engine.Walk:
         free = None if other is None else put(other)
-        walk = networks.sample_tokens(weights, key, put(part), knobs, free, network=network, settings=settings, mesh=mesh)
+        walk = networks.sample_tokens(
+            weights, key, put(part), knobs, free, network=network, settings=settings, mesh=mesh
+        )
         return jax.tree.map(fetch, walk)
 
+    places = _windows(length, window, stride)
+    steps = window - 1 if settings.process == "autoregressive" else settings.network_calls
+    planned(-(-rows // size) * len(places) * steps)
     blocks = []
     for index, start in enumerate(range(0, rows, size)):
         part, other = (pair and tuple(x[start : start + size] for x in pair) for pair in (known, unconditional))
@@ -125,7 +132,7 @@ def sample(
         if length <= network.length:
             walk = draw(block_key, part, other)
         else:
-            walk = _in_strides(lambda k, part: draw(k, part, None), block_key, part, window, stride, bos_id)
+            walk = _in_strides(lambda k, part: draw(k, part, None), block_key, part, places, bos_id)
         n = len(part[0])
         trajectory = None if walk.trajectory is None else walk.trajectory[:, :n]
         blocks.append(Texts(np.asarray(walk.tokens)[:n], int(walk.network_calls), trajectory))
@@ -142,19 +149,30 @@ def fetch(x: jax.Array) -> np.ndarray:
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
+def _windows(length: int, window: int, stride: int | None) -> list[tuple[int, int, int]]:
+    """Returns where each window of a text begins and up to where the text is written before and after it."""
+    places, written = [], 0
+    while written < length:
+        begin = 0 if stride is None else max(0, min(written - (window - 2 - stride) - 1, length - window))
+        # The last token of a window but the last is dropped, a row's EOS in training.
+        end = length if begin + window == length else begin + window - 1
+        places.append((begin, written, end))
+        written = end
+    return places
+
+
 def _in_strides(
     draw: Callable[[jax.Array, Known], engine.Walk],
     key: jax.Array,
     known: Known,
-    window: int,
-    stride: int,
+    places: list[tuple[int, int, int]],
     bos_id: int,
 ) -> engine.Walk:
-    """Writes a text longer than a window: the last token of a window but the last is dropped, a row's EOS in training."""
-    (tokens, held), length = (np.array(part) for part in known), known[0].shape[1]
-    calls, predictions, written = 0, 0, 0
-    for index in range(length):
-        begin = max(0, min(written - (window - 2 - stride) - 1, length - window))
+    """Writes a text longer than a window, one of `_windows` after the other."""
+    tokens, held = (np.array(part) for part in known)
+    window = places[0][2] + 1
+    calls, predictions = 0, 0
+    for index, (begin, written, end) in enumerate(places):
         piece, fixed = tokens[:, begin : begin + window].copy(), held[:, begin : begin + window].copy()
         if index:
             # One place before the context stands BOS, as at the beginning of a row in training.
@@ -162,10 +180,5 @@ def _in_strides(
             fixed[:, : written - begin] = True
         walk = draw(jax.random.fold_in(key, index), (piece, fixed))
         calls, predictions = calls + int(walk.network_calls), predictions + int(walk.predictions)
-        final = begin + window == length
-        end = length if final else begin + window - 1
         tokens[:, written:end] = walk.tokens[: len(tokens), written - begin : end - begin]
-        written = end
-        if final:
-            break
     return engine.Walk(tokens, np.asarray(calls), np.asarray(predictions))

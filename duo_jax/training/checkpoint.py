@@ -220,4 +220,4 @@ def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]
     )
     with _readable(folder), ocp.StandardCheckpointer() as reader:
         weights = reader.restore(folder / ("ema" if ema else "params"), like)
-    return Params(weights=weights, network=network, tokenizer=str(workdir / TOKENIZER)), about
+    return Params(weights=weights, network=network, tokenizer=str(workdir / TOKENIZER), averaged=ema), about

@@ -37,6 +37,18 @@ def test_export_reads_back_bit_for_bit(tmp_path, params, trained):
         duo_jax.load(tmp_path / "out", ema=False)
 
 
+def test_whether_weights_are_averaged_is_kept_and_told(tmp_path, params, caplog):
+    for averaged in (True, False, None):
+        folder = tmp_path / str(averaged)
+        caplog.clear()
+        duo_jax.export(params.replace(averaged=averaged), folder)
+        assert duo_jax.load(folder).averaged is averaged
+        assert ("holds the last weights" in caplog.text) == (averaged is False)
+        duo_jax.export(duo_jax.load(folder), tmp_path / f"{averaged} again")
+        assert duo_jax.load(tmp_path / f"{averaged} again").averaged is averaged
+    assert duo_jax.load(tmp_path / "False", ema=False).averaged is False
+
+
 def test_a_full_disk_is_told_in_one_line(tmp_path, params, monkeypatch):
     def full(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")

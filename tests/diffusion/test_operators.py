@@ -94,6 +94,18 @@ def test_an_operator_is_a_static_argument():
     assert np.isfinite(asks_for_a_fit(-2.0))
 
 
+@pytest.mark.parametrize(
+    ("name", "gammas"),
+    [("poly3", (-4.0, -1.0)), ("poly5", (-4.0, -1.0)), ("sigmoid", (-4.0, -1.0)), ("series", (-5.0, -1.0))],
+)
+def test_a_form_that_does_not_serve_a_range_is_refused(name, gammas):
+    """Where the signal level is not in (0, 1) there is no noise level; the exact form serves any range."""
+    with pytest.raises(UserError, match="use the exact operator"):
+        operators.check_levels(name, 50_258, *gammas)
+    operators.check_levels("exact", 50_258, *gammas)
+    operators.check_levels("poly9", *GPT2)
+
+
 def test_mistakes_are_told():
     with pytest.raises(UserError, match="choose one of exact, series"):
         operators.by_name("poly4", *GPT2)

@@ -14,7 +14,7 @@ from duo_jax.errors import UserError
 from duo_jax.hardware import Hardware
 from duo_jax.models import attention
 from duo_jax.models.dit import DiT, time_features
-from duo_jax.models.network import SIZES, Network, chunk_budget, count, fastest_dtype
+from duo_jax.models.network import SIZES, Network, Params, chunk_budget, count, fastest_dtype
 
 VOCAB = 53
 
@@ -59,6 +59,16 @@ def test_torch_round_trip_is_bit_exact(adaln):
     back = convert.from_torch(convert.to_torch(params, heads=4))
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_a_torch_state_dict_of_what_load_gives_and_of_parameters_alone():
+    net = network()
+    weights = net.init(jax.random.key(0))
+    whole = convert.to_torch(Params(weights=weights, network=net, tokenizer="gpt2"))
+    bare = convert.to_torch(weights)
+    assert set(whole) - set(bare) == {arrays.INVERSE_FREQUENCY}
+    for state in (whole, bare, {f"backbone.{key}": value for key, value in whole.items()}):
+        jax.tree.map(np.testing.assert_array_equal, convert.from_torch(state), jax.device_get(weights))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -296,7 +296,8 @@ def test_a_window_sees_the_end_of_what_was_written():
     length, window, stride = 19, 8, 4
     known = np.zeros((1, length), np.int32), np.arange(length)[None] < 2
     known[0][0, :2] = 1, 77
-    walk = sampling.texts._in_strides(draw, jax.random.key(0), known, window, stride, bos_id=1)
+    places = sampling.texts._windows(length, window, stride)
+    walk = sampling.texts._in_strides(draw, jax.random.key(0), known, places, bos_id=1)
     text = walk.tokens[0]
     np.testing.assert_array_equal(text[:7], [1, 77, 102, 103, 104, 105, 106])
     tokens, held = seen[1]
