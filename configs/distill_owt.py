@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.algo.name = "dcd"
     # Wider than in training: few steps begin in pure noise and end in clean text.
     config.algo.gamma_min, config.algo.gamma_max = -4.0, -1.0
+    config.algo.distillation.teacher = "student"  # at each round, rather than the student's average
     config.train.steps = 50_000
     config.train.batch_size = 128
     config.train.lr = 6e-5

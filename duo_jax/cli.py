@@ -53,10 +53,12 @@ def _load(path: str) -> ConfigDict:
 
 
 def _check_names(argv: list[str], config: ConfigDict) -> None:
-    """Refuses `--config.a.b=...` whose name the config does not have, naming the nearest one that it has."""
+    """Refuses `--config.a.b=...` of a name that the config does not have, with the nearest that it has, and `--a.b=...`."""
     known = config_lib.flatten(config)
     for arg in argv:
         name = arg.lstrip("-").split("=", 1)[0]
+        if arg.startswith("--") and name in known and name not in flags.FLAGS:
+            raise UserError(f"--{name} is a setting of the config; give it as --config.{arg.lstrip('-')}.")
         if not arg.startswith("-") or not name.startswith("config."):
             continue
         key = name.removeprefix("config.")
@@ -80,9 +82,13 @@ def parse(argv: list[str]) -> list[str]:
     paths = [arg.split("=", 1)[1] for arg in argv if arg.lstrip("-").startswith("config=")]
     paths += [b for a, b in itertools.pairwise(argv) if a.lstrip("-") == "config"]
     helping = any(arg.lstrip("-") in ("help", "helpshort", "helpfull") for arg in argv)
-    if paths:
+    if helping:
+        told = config_lib.flatten(_load(paths[-1]) if paths else config_lib.default())
+        print("Settings, given as --config.NAME=VALUE; duo_jax/config.py tells what each is.\n")
+        print("\n".join(f"  {name} = {value!r}" for name, value in told.items()), end="\n\n")
+    elif paths:
         _check_names(argv, _load(paths[-1]))
-    elif not helping:
+    else:
         raise UserError("--config is missing; give a file, such as --config=configs/quickstart.py.")
     try:
         rest = flags.FLAGS(argv)

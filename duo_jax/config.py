@@ -53,9 +53,10 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.mode = "train"  # train | eval | sample
     config.seed = 0  # seeds initialisation, data order, noise and dropout
-    config.precision = (
-        "auto"  # compute: float32 | bfloat16 | float16 (loss scaled) | auto (by device); parameters: float32
-    )
+    # The type of the blocks' and the head's products: float32 | bfloat16 | float16 (loss scaled) | auto (by device).
+    # Parameters, norms, softmaxes and losses are float32. An accelerator rounds the factors of float32 products, to TF32
+    # or bfloat16, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
+    config.precision = "auto"
 
     config.init_from = ""  # a workdir or checkpoint whose EMA weights training starts from; needed by dcd
 

@@ -21,6 +21,8 @@ QUICK = [*MAIN, "--config=configs/quickstart.py", "--workdir=unused"]
         ([*QUICK, "--config.train=3"], "is a group of settings"),
         ([*QUICK, "--config.mode=trian"], "choose one of train, eval, sample"),
         ([*QUICK, "--workdri=x"], "Did you mean: workdir"),
+        ([*QUICK, "--mode=eval"], "give it as --config.mode=eval"),
+        ([*QUICK, "--train.steps=3"], "give it as --config.train.steps=3"),
         ([*QUICK, "train"], "'train' is not a flag"),
         ([*MAIN, "--workdir=x"], "--config is missing"),
         ([*MAIN, "--config=configs/quickstart.py"], "--workdir is missing"),
@@ -58,4 +60,5 @@ def test_a_config_file_that_cannot_be_read(tmp_path, text, expected):
 def test_help_is_help():
     result = run([*MAIN, "--helpshort"])
     assert "--config" in result.stdout + result.stderr
+    assert "  train.steps = 1000000\n" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
