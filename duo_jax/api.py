@@ -77,7 +77,8 @@ def load(
     Args:
         path_or_name: a run's workdir (its newest checkpoint); the folder of one checkpoint, `WORKDIR/checkpoints/STEP`; a
             folder that `export` wrote; or the reference's files: a Lightning `.ckpt`, a state dict (`.pt`, `.bin`,
-            `.safetensors`), a Hugging Face folder, or a hub id such as `s-sahoo/duo`.
+            `.safetensors`), a Hugging Face folder, or a hub id such as `s-sahoo/duo`; or `quickstart`, which comes with
+            the package.
         ema: the averaged weights, which are the better ones, rather than the last ones.
         algo, heads, length, tokenizer: of the reference's files, where they do not tell; tokenizer is `gpt2`,
             `bert-base-uncased` or a tokenizer's folder.

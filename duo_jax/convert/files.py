@@ -32,6 +32,8 @@ FORMAT = 1
 _CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 _FOLDER_FILES = (_WEIGHTS, "pytorch_model.bin")
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+# Networks that come with the package, by name.
+SHIPPED = Path(__file__).parents[1] / "shipped"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -147,11 +149,17 @@ def _fetched(name: str) -> Path:
 def _open(path_or_name: str | Path) -> tuple[Path, Path]:
     """Returns the file of weights that a path or a hub id means, and the folder of its config."""
     path = local(path_or_name)
+    if not path.exists() and (SHIPPED / str(path_or_name) / _WEIGHTS).is_file():
+        path = SHIPPED / str(path_or_name)
     if not path.exists():
         # What looks like a place here is a slip of the pen, not a model of the hub.
         here = path.suffix in (*_PICKLED, ".safetensors") or path.parent.is_dir()
         if here or not _HUB_ID.fullmatch(str(path_or_name)):
-            raise UserError(f"{path} does not exist; give a run's workdir, a file or folder of weights, or a hub id.")
+            shipped = " or ".join(sorted(folder.name for folder in SHIPPED.iterdir()))
+            raise UserError(
+                f"{path} does not exist; give a run's workdir, a file or folder of weights, a hub id, or {shipped}, which "
+                "comes with the package."
+            )
         path = _fetched(str(path_or_name))
     if path.is_file():
         return path, path.parent
@@ -167,10 +175,11 @@ def _open(path_or_name: str | Path) -> tuple[Path, Path]:
 
 
 def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
-    """Returns the network of a file, a folder or a hub id, on the default device.
+    """Returns the network of a file, a folder, a hub id or the package itself, on the default device.
 
     Args:
-        path_or_name: a file `.ckpt`, `.pt`, `.pth`, `.bin` or `.safetensors`, a folder that holds one, or `owner/name`.
+        path_or_name: a file `.ckpt`, `.pt`, `.pth`, `.bin` or `.safetensors`, a folder that holds one, `owner/name`, or the
+            name of one of `SHIPPED`.
         ema: the averaged weights of a Lightning checkpoint rather than the last ones; other files hold one set only.
         asked: `algo`, `heads`, `length`, `tokenizer`, where the file does not tell them.
 
