@@ -133,6 +133,11 @@ def default() -> ConfigDict:
     config.eval.every = 10_000  # 0: only at the end
     config.eval.batch_size = 512
     config.eval.batches = 0  # held-out batches to evaluate; 0: all of them
+    # Of mode = eval, zero-shot: the whole of a text of any origin (a file or folder) in place of the run's held-out split
+    config.eval.path = ""
+    config.eval.field = "text"  # what its .jsonl or .parquet rows call the text
+    config.eval.detokenizer = "none"  # none | ptb | wikitext | lm1b | lambada | scientific_papers
+    config.eval.document_ends = True  # put EOS after each of its documents; published zero-shot figures are without
 
     config.sample = ConfigDict()
     config.sample.every = 10_000  # 0: only at the end
@@ -264,6 +269,12 @@ def check(config: ConfigDict) -> None:
         if idle := [key for key, value in flatten(config.sample.psi).items() if value != usual[key]]:
             raise UserError(
                 f"config.sample.psi.{idle[0]} is set, but config.sample.sampler is {config.sample.sampler!r}; choose psi."
+            )
+    if not config.eval.path:
+        usual = flatten(default().eval)
+        if idle := [key for key in ("field", "detokenizer", "document_ends") if config.eval[key] != usual[key]]:
+            raise UserError(
+                f"config.eval.{idle[0]} is set, but config.eval.path is empty; give the text that it is about."
             )
     if config.algo.curriculum.end < config.algo.curriculum.start:
         raise UserError("config.algo.curriculum.end lies before config.algo.curriculum.start; give steps in order.")

@@ -69,6 +69,7 @@ def test_a_recipe_traces(path):
         ({"train.lr": 0.0}, "config.train.lr is 0.0; it must be positive"),
         ({"algo.schedule": "linear"}, "choose one of log_linear, cosine"),
         ({"mesh.data": 0}, "config.mesh.data"),
+        ({"eval.detokenizer": "ptb"}, "config.eval.detokenizer is set, but config.eval.path is empty"),
         ({"eval.batches": -1}, "config.eval.batches"),
         ({"train.lr": float("nan")}, "must be a finite number"),
         ({"algo.curriculum.start": -5}, "must not be negative"),

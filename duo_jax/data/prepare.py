@@ -40,8 +40,9 @@ def shards_folder(data: Any) -> Path:
         raise UserError(f"Unknown data source {data.source!r}; choose one of {', '.join(sources.NAMES)}.")
     size = tokenizers.vocab_size(data.tokenizer, data.bpe_size)
     tokenizer = f"bpe{size}" if data.tokenizer == "bpe" else data.tokenizer
-    path = hashlib.sha256(str(Path(data.path).resolve()).encode()).hexdigest()[:8] if data.path else ""
-    return Path(data.dir) / "-".join(filter(None, (data.source, path, tokenizer)))
+    path = Path(data.path).expanduser().resolve() if data.path else None
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8] if path else ""
+    return Path(data.dir).expanduser() / "-".join(filter(None, (data.source, digest, tokenizer)))
 
 
 def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
@@ -169,7 +170,7 @@ def _write_splits(
     writers = {split: shards.ShardWriter(folder, split, dtype) for split in sources.SPLITS}
     characters = dict.fromkeys(sources.SPLITS, 0)
     with tqdm(total=source.count(), desc="tokenizing", unit=" documents", disable=not verbose) as bar:
-        for batch in _batches(source.documents()):
+        for batch in batches(source.documents()):
             encoded = tokenizer.encode_batch([text for _, text in batch])
             for (split, text), ids in zip(batch, encoded, strict=True):
                 writers[split].write([*ids, tokenizer.eos_id])
@@ -185,17 +186,16 @@ def _write_splits(
                 "between the documents of .txt files."
             )
         splits[split] = totals | {"characters": characters[split], "shards": writer.entries}
-    special = {key: getattr(tokenizer, key) for key in ("bos_id", "eos_id", "pad_id", "mask_id")}
     return {
         "format_version": shards.FORMAT_VERSION,
-        "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, **special},
+        "tokenizer": tokenizer.facts(),
         "dtype": dtype.str,
         "content_hash": shards.content_hash(splits),
         "splits": splits,
     }
 
 
-def _batches(documents: sources.Documents) -> Iterator[list[tuple[str, str]]]:
+def batches(documents: sources.Documents) -> Iterator[list[tuple[str, str]]]:
     """Groups documents into batches of a few million characters: enough to keep all cores busy, little to hold."""
     batch: list[tuple[str, str]] = []
     size = 0

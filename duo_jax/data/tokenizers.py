@@ -112,10 +112,12 @@ class Tokenizer(abc.ABC):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"name": self.name, "vocab_size": self.vocab_size, "bos_id": self.bos_id, "eos_id": self.eos_id}
-        config |= {"pad_id": self.pad_id, "mask_id": self.mask_id}
-        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / _CONFIG_FILE).write_text(json.dumps(self.facts(), indent=2) + "\n", encoding="utf-8")
         self._save(folder)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the name, the number of ids and the special ids, in JSON types."""
+        return {key: getattr(self, key) for key in ("name", "vocab_size", "bos_id", "eos_id", "pad_id", "mask_id")}
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether two tokenizers give every id the same text, and cut a probe of prose, digits and symbols alike."""
