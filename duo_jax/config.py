@@ -16,7 +16,8 @@ The knobs that papers rarely explain:
 * **gamma range**: Duo's curriculum and distillation run on the Gaussian side, where gamma_t moves from `gamma_min` to
   `gamma_max` and alpha_t = T(gamma_t) falls; T depends on the vocabulary's size. The paper's [-3.55, -1.85] at K = 50,257
   means alpha from 0.945 to 0.049: what lies outside is nearly clean or nearly noise and teaches little. Left empty, the
-  range is found for the vocabulary from `alpha_max` and `alpha_min`.
+  range is found for the vocabulary from `alpha_max` and `alpha_min`, as the recipes do; a range that is given is for one
+  vocabulary only.
 * **tau**: in the curriculum the network reads softmax(w_t / tau) in place of the one-hot argmax. The larger tau, the
   easier the task and the further it is from the real one; at 1e-3 only near ties are visible.
 * **T, dt**: distillation compares the network at times t and t - dt. dt starts at 1/T (`n_steps` = 512) and doubles every
