@@ -89,6 +89,20 @@ def test_folder_names(tmp_path):
     assert prepare.shards_folder(data_config(tmp_path)).parent == tmp_path / "shards"
 
 
+def test_home_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("\n\n".join(make_texts(200)))
+    folder = prepare.prepare(data_config(tmp_path, path="~/a.txt", dir="~/shards", bpe_size=260), verbose=False)
+    assert folder.parent == tmp_path / "shards"
+    assert prepare.prepare(data_config(tmp_path, path=str(tmp_path / "a.txt"), bpe_size=260), verbose=False) == folder
+
+
+def test_a_text_file_without_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(UserError, match="holds no text but white space"):
+        prepare.prepare(data_config(tmp_path, path=str(tmp_path / "a.txt")), verbose=False)
+
+
 def test_progress_and_summary(data, tmp_path, capfd):
     folder = prepare.prepare(copy(data, dir=str(tmp_path)))
     shown = capfd.readouterr().err
