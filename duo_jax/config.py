@@ -111,7 +111,8 @@ def default() -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "wiki"  # wiki | text | openwebtext | lm1b
     config.data.path = ""  # local files for `text`, or a local copy of a hub data set
-    config.data.tokenizer = "gpt2"  # gpt2 | bert-base-uncased | bpe (trained on the training split)
+    # gpt2 | bert-base-uncased | the path of another BERT vocab.txt | bpe (trained on the training split)
+    config.data.tokenizer = "gpt2"
     config.data.bpe_size = 512  # vocabulary of `bpe`, special tokens included
     config.data.dir = "data"  # where token shards are kept, one folder a data set
     config.data.packing = "packed"  # packed: documents joined and cut | padded: one document a row

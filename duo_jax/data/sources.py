@@ -142,6 +142,8 @@ class HubText:
     """
 
     def __init__(self, name: str, path: Path | None = None) -> None:
+        if path is None:
+            _check_hub(name)
         self.heldout = OPENWEBTEXT_HELDOUT
         self._name, self._path = name, path
         self._files = list_files(path) if path else []
@@ -335,15 +337,19 @@ def _lm1b_split(file: Path, root: Path) -> str:
     raise UserError(f"{file} belongs to no split of lm1b; name the files or their folders train... and test...")
 
 
-def _from_hub(name: str, split: str, rows: int) -> Any:
-    path, revision = _HUB[name]["path"], _HUB[name].get("revision")
+def _check_hub(name: str) -> None:
+    """Raises UserError where the library that fetches a set is missing, before anything else is fetched for its sake."""
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
             f"{name} is fetched with the datasets library; run `pip install -e .[hub]`, or set config.data.path to a "
-            f"copy of the files of {path}."
+            f"copy of the files of {_HUB[name]['path']}."
         )
+
+
+def _from_hub(name: str, split: str, rows: int) -> Any:
     import datasets
 
+    path, revision = _HUB[name]["path"], _HUB[name].get("revision")
     try:
         table = datasets.load_dataset(path, revision=revision, split=split)
     except Exception as error:  # network, cache and disk errors of several libraries: the advice is the same for all
