@@ -276,7 +276,7 @@ def _reading(file: Path, field: str) -> Iterator[None]:
         raise
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file} is not text in UTF-8 (byte {error.object[error.start]:#04x} at {error.start:,}); convert it, as with "
+            f"{file} is not text in UTF-8 (it holds the byte {error.object[error.start]:#04x}); convert it, as with "
             "`iconv -f latin1 -t utf-8` if it is Latin-1."
         ) from error
     except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
