@@ -1,8 +1,8 @@
 """Undoes what evaluation sets did to their text: PTB, WikiText and LM1B keep words and punctuation apart by spaces.
 
 Networks that learnt from text as people write it are evaluated on text as people write it. The rules, and their order, are
-those that SEDD, MDLM and Duo evaluated with, including what they do that is not quite right (each is told where it is
-applied), so that figures can be compared; rules of theirs that never match are left out.
+those that SEDD, MDLM and Duo evaluated with, including the ones that go wrong now and then (a comment tells), so that
+figures can be compared; rules of theirs that never match are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from duo_jax.errors import UserError
 
 Detokenize = Callable[[str], str]
 
-# What is replaced in order: a plain string, or a pattern of one group that is kept between what stands in the second place.
+# What is replaced by what, in this order: plain strings, and patterns.
 _Rules = tuple[tuple[str | re.Pattern[str], str], ...]
 
 _WIKITEXT: _Rules = (
