@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from duo_jax.errors import UserError
+from duo_jax import cli
 
 Row = Mapping[str, Any]
 
@@ -57,15 +57,12 @@ def check_folder(out: str | None) -> Path | None:
     """Returns the folder for results, made if need be; it is asked for before any work is done.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or not written to.
     """
     if not out:
         return None
-    folder = Path(out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be made a folder: {error.strerror}.") from error
+    folder = cli.results_folder("--out", out)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

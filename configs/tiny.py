@@ -10,18 +10,15 @@ another implementation; not run here.
 
 from ml_collections import ConfigDict
 
-from duo_jax import config as base
+from configs import owt
 
 
 def get_config() -> ConfigDict:
     """Returns the reduced recipe."""
-    config = base.default()
+    config = owt.get_config()
     config.model.size = "tiny"
     config.model.length = 512
-    config.algo.gamma_min, config.algo.gamma_max = -3.55, -1.85
     config.algo.curriculum.end = 25_000
-    config.data.source = "openwebtext"
-    config.data.tokenizer = "gpt2"
     config.train.steps = 50_000
     config.train.batch_size = 8
     config.train.lr = 5e-4

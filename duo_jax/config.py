@@ -16,7 +16,8 @@ The knobs that papers rarely explain:
 * **gamma range**: Duo's curriculum and distillation run on the Gaussian side, where gamma_t moves from `gamma_min` to
   `gamma_max` and alpha_t = T(gamma_t) falls; T depends on the vocabulary's size. The paper's [-3.55, -1.85] at K = 50,257
   means alpha from 0.945 to 0.049: what lies outside is nearly clean or nearly noise and teaches little. Left empty, the
-  range is found for the vocabulary from `alpha_max` and `alpha_min`.
+  range is found for the vocabulary from `alpha_max` and `alpha_min`, as the recipes do; a range that is given is for one
+  vocabulary only.
 * **tau**: in the curriculum the network reads softmax(w_t / tau) in place of the one-hot argmax. The larger tau, the
   easier the task and the further it is from the real one; at 1e-3 only near ties are visible.
 * **T, dt**: distillation compares the network at times t and t - dt. dt starts at 1/T (`n_steps` = 512) and doubles every
@@ -111,7 +112,8 @@ def default() -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "wiki"  # wiki | text | openwebtext | lm1b
     config.data.path = ""  # local files for `text`, or a local copy of a hub data set
-    config.data.tokenizer = "gpt2"  # gpt2 | bert-base-uncased | bpe (trained on the training split)
+    # gpt2 | bert-base-uncased | the path of another BERT vocab.txt | bpe (trained on the training split)
+    config.data.tokenizer = "gpt2"
     config.data.bpe_size = 512  # vocabulary of `bpe`, special tokens included
     config.data.dir = "data"  # where token shards are kept, one folder a data set
     config.data.packing = "packed"  # packed: documents joined and cut | padded: one document a row
@@ -134,6 +136,11 @@ def default() -> ConfigDict:
     config.eval.every = 10_000  # 0: only at the end
     config.eval.batch_size = 512
     config.eval.batches = 0  # held-out batches to evaluate; 0: all of them
+    # Of mode = eval, zero-shot: the whole of a text of any origin (a file or folder) in place of the run's held-out split
+    config.eval.path = ""
+    config.eval.field = "text"  # what its .jsonl or .parquet rows call the text
+    config.eval.detokenizer = "none"  # none | ptb | wikitext | lm1b | lambada | scientific_papers
+    config.eval.document_ends = True  # put EOS after each of its documents; published zero-shot figures are without
 
     config.sample = ConfigDict()
     config.sample.every = 10_000  # 0: only at the end
@@ -265,6 +272,12 @@ def check(config: ConfigDict) -> None:
         if idle := [key for key, value in flatten(config.sample.psi).items() if value != usual[key]]:
             raise UserError(
                 f"config.sample.psi.{idle[0]} is set, but config.sample.sampler is {config.sample.sampler!r}; choose psi."
+            )
+    if not config.eval.path:
+        usual = flatten(default().eval)
+        if idle := [key for key in ("field", "detokenizer", "document_ends") if config.eval[key] != usual[key]]:
+            raise UserError(
+                f"config.eval.{idle[0]} is set, but config.eval.path is empty; give the text that it is about."
             )
     if config.algo.curriculum.end < config.algo.curriculum.start:
         raise UserError("config.algo.curriculum.end lies before config.algo.curriculum.start; give steps in order.")

@@ -10,7 +10,9 @@ import jax
 from ml_collections import ConfigDict
 
 from duo_jax import api, progress, sampling
-from duo_jax.data import prepare
+from duo_jax.data import prepare, text_sets
+from duo_jax.data.packing import Store
+from duo_jax.data.tokenizers import Tokenizer
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood
 from duo_jax.models.network import Network, Params
@@ -53,19 +55,39 @@ def _load(config: ConfigDict, workdir: str) -> Params:
     return params.replace(network=wanted)
 
 
+def _heldout_folder(config: ConfigDict, workdir: str, tokenizer: Tokenizer) -> Path:
+    """Returns the folder of shards that a network with this tokenizer is evaluated on.
+
+    Raises:
+        UserError: it was made with another tokenizer.
+    """
+    folder = run_lib.prepared(config)
+    if not tokenizer.same_as(prepare.load_tokenizer(folder)):
+        raise UserError(
+            f"{folder} was made with another tokenizer than the network in {workdir}, so its ids mean other texts; evaluate "
+            "with the tokenizer and, for a trained BPE, the data that it was trained with, or give any text as "
+            "config.eval.path."
+        )
+    return folder
+
+
 def evaluate(config: ConfigDict, workdir: str) -> None:
-    """Measures the held-out likelihood of the newest checkpoint, and writes it to `WORKDIR/eval.json`."""
+    """Measures the likelihood of text under the newest checkpoint.
+
+    That of the held-out split goes to `WORKDIR/eval.json`; that of the text at `config.eval.path` is a line more of
+    `WORKDIR/zero_shot.jsonl`.
+    """
     params = _load(config, workdir)
     mesh = partition.create_mesh(config.mesh)
     partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-    folder = run_lib.prepared(config)
-    tokenizer = prepare.load_tokenizer(folder)
-    if not api.tokenizer_of(params.tokenizer).same_as(tokenizer):
-        raise UserError(
-            f"{folder} was made with another tokenizer than the network in {workdir}, so its ids mean other texts; evaluate "
-            "with the tokenizer and, for a trained BPE, the data that it was trained with."
-        )
-    batches = run_lib.heldout(config, folder)
+    tokenizer = api.tokenizer_of(params.tokenizer)
+    if config.eval.path:
+        text: Path | Store = text_sets.read(config.eval, tokenizer, verbose=not jax.process_index())
+        levels = {"uniform": float(tokenizer.vocab_size)}
+    else:
+        text = _heldout_folder(config, workdir, tokenizer)
+        levels = run_lib.levels(config, text, tokenizer.vocab_size)
+    batches = run_lib.heldout(config, text)
     weights = partition.replicate(params.weights, mesh)
     result = likelihood.evaluate(
         weights,
@@ -74,14 +96,19 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
         lambda batch: partition.put(batch, mesh),
         mesh=mesh,
     )
-    levels = run_lib.levels(config, folder, tokenizer.vocab_size)
     _, step = checkpoint.find(workdir)
     report = {"step": step, "nll": result.nll, "bpd": result.bpd, "ppl": result.ppl, "tokens": result.tokens}
     report |= {f"{name}_ppl": level for name, level in levels.items()}
     if jax.process_index():
         return
-    (Path(workdir) / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    progress.say(f"{workdir} at step {step:,}, {result.tokens:,} held-out tokens of {config.data.source}:")
+    if config.eval.path:
+        about = {key: config.eval[key] for key in ("path", "detokenizer", "document_ends")}
+        with (Path(workdir) / "zero_shot.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(about | {"packing": config.data.packing} | report) + "\n")
+    else:
+        (Path(workdir) / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    what = f"tokens of {config.eval.path}" if config.eval.path else f"held-out tokens of {config.data.source}"
+    progress.say(f"{workdir} at step {step:,}, {result.tokens:,} {what}:")
     progress.say(f"  {run_lib.describe(result, levels)}")
 
 

@@ -8,7 +8,7 @@ trap 'exit 130' INT TERM
 
 duo() { .venv/bin/python -m duo_jax.main --config=configs/quickstart.py --workdir="${WORKDIR:-runs/quickstart}" "$@"; }
 
-.venv/bin/python -m duo_jax.data.prepare --config=configs/quickstart.py
+.venv/bin/python -m duo_jax.data.prepare --config=configs/quickstart.py "$@"
 duo "$@"
 duo "$@" --config.mode=eval
 duo "$@" --config.mode=sample

@@ -69,6 +69,7 @@ def test_a_recipe_traces(path):
         ({"train.lr": 0.0}, "config.train.lr is 0.0; it must be positive"),
         ({"algo.schedule": "linear"}, "choose one of log_linear, cosine"),
         ({"mesh.data": 0}, "config.mesh.data"),
+        ({"eval.detokenizer": "ptb"}, "config.eval.detokenizer is set, but config.eval.path is empty"),
         ({"eval.batches": -1}, "config.eval.batches"),
         ({"train.lr": float("nan")}, "must be a finite number"),
         ({"algo.curriculum.start": -5}, "must not be negative"),
@@ -94,6 +95,23 @@ def test_impossible_networks_are_refused(settings, message):
     config.update_from_flattened_dict(settings)
     with pytest.raises(UserError, match=message):
         Network.from_config(config, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("owt", -3.55, -1.85), ("tiny", -3.55, -1.85), ("lm1b", -3.5, -1.75), ("distill_owt", -4.0, -1.0)],
+)
+def test_the_papers_range_of_gamma_fits_every_vocabulary(name, low, high):
+    config = get_config(ROOT / "configs" / f"{name}.py")
+    k = tokenizers.vocab_size(config.data.tokenizer, config.data.bpe_size)
+    paper = objectives.Gaussian.from_config(config, k)
+    assert (paper.gamma_min, paper.gamma_max) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
+    # With another tokenizer the range moves, and the levels of noise that are learnt from stay.
+    other = objectives.Gaussian.from_config(config, 512)
+    for t in (0.0, 1.0):
+        now, then = (float(gaussian.alpha(jnp.array(t), size)[0]) for gaussian, size in ((other, 512), (paper, k)))
+        assert now == pytest.approx(then, rel=1e-3)
+    assert other.gamma_min > low + 0.3
 
 
 def test_what_a_resumed_run_may_change():

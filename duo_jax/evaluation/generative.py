@@ -13,6 +13,8 @@ from duo_jax import sampling
 from duo_jax.data.tokenizers import Tokenizer
 from duo_jax.evaluation.judges import Judge
 
+PROTOCOLS = OURS, REFERENCE = "ours", "reference"
+
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
@@ -47,16 +49,33 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 
 def quality(
-    tokens: np.ndarray, tokenizer: Tokenizer, judge: Judge, done: Callable[[int], Any] = lambda n: None
+    tokens: np.ndarray,
+    tokenizer: Tokenizer,
+    judge: Judge,
+    done: Callable[[int], Any] = lambda n: None,
+    *,
+    protocol: str = OURS,
 ) -> tuple[Quality, list[str]]:
-    """Returns the figures of rows of token ids `[B, L]`, and their texts.
+    """Returns the figures of rows of token ids `[B, L]`, and the texts that were judged.
 
-    A row counts up to its first EOS, whose place in the text the judge scores as its own end of text; it is decoded, and
-    tokenized anew by the judge. The entropy is that of the whole row.
+    Rows are decoded, and tokenized anew by the judge. The entropy is that of the whole row.
+
+    Args:
+        tokens: the rows.
+        tokenizer: their tokenizer.
+        judge: who judges.
+        done: told the number of texts just judged.
+        protocol: `ours`: a row counts up to its first EOS, whose place in the text the judge scores as its own end of text.
+            `reference`: as published, a row counts whole, its special ids shown by their names, of which GPT-2's EOS is the
+            judge's boundary too; see `Judge.published_nll`.
     """
-    rows = [until_end(row, tokenizer.eos_id) for row in tokens]
-    texts = [tokenizer.decode(ids) for ids, _ in rows]
-    scores = judge.nll(texts, [ended for _, ended in rows], done)
+    if protocol == REFERENCE:
+        texts = [tokenizer.decode(row, special=True) for row in tokens]
+        scores = judge.published_nll(texts, done)
+    else:
+        rows = [until_end(row, tokenizer.eos_id) for row in tokens]
+        texts = [tokenizer.decode(ids) for ids, _ in rows]
+        scores = judge.nll(texts, [ended for _, ended in rows], done)
     nats, count, characters = (float(part.sum()) for part in scores)
     ppl = math.exp(nats / count) if count else math.nan
     bits = nats / math.log(2) / characters if characters else math.nan

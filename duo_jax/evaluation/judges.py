@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +66,24 @@ class Judge:
     encode: Callable[[str], list[int]]
     boundary: int
 
+    def costs(self, rows: Sequence[Sequence[int]], done: Callable[[int], Any] = lambda n: None) -> list[np.ndarray]:
+        """Returns what each id after the first costs in nats, float64 `[n - 1]`, for rows of n ids, within the context."""
+        found: list[np.ndarray] = [np.zeros(0)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), _ROWS):
+            picked = order[start : start + _ROWS]
+            longest = max(len(rows[i]) for i in picked)
+            tokens = np.full((_ROWS, max(2, -(-longest // _LENGTHS) * _LENGTHS)), self.boundary, np.int32)
+            for at, i in enumerate(picked):
+                tokens[at, : len(rows[i])] = rows[i]
+            costs = np.asarray(
+                language_model.nll(self.weights, tokens[:, : self.spec.context], spec=self.spec), np.float64
+            )
+            for at, i in enumerate(picked):
+                found[i] = costs[at, : max(0, len(rows[i]) - 1)]
+            done(len(picked))
+        return found
+
     def nll(self, texts: Sequence[str], ended: Sequence[bool], done: Callable[[int], Any] = lambda n: None) -> Scores:
         """Returns how probable each text is.
 
@@ -83,21 +102,38 @@ class Judge:
         ]
         kept = [min(1.0, (self.spec.context - 1) / max(1, len(of_text))) for of_text in ids]
         characters = np.array([len(text) * part for text, part in zip(texts, kept, strict=True)])
-        total, count = np.zeros(len(rows)), np.array([len(row) - 1 for row in rows])
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), _ROWS):
-            picked = order[start : start + _ROWS]
-            longest = max(len(rows[i]) for i in picked)
-            tokens = np.full((_ROWS, max(2, -(-longest // _LENGTHS) * _LENGTHS)), self.boundary, np.int32)
-            for at, i in enumerate(picked):
-                tokens[at, : len(rows[i])] = rows[i]
-            costs = np.asarray(
-                language_model.nll(self.weights, tokens[:, : self.spec.context], spec=self.spec), np.float64
-            )
-            for at, i in enumerate(picked):
-                total[i] = costs[at, : count[i]].sum()
-            done(len(picked))
-        return Scores(total, count, characters)
+        total = np.array([costs.sum() for costs in self.costs(rows, done)])
+        return Scores(total, np.array([len(row) - 1 for row in rows]), characters)
+
+    def published_nll(self, texts: Sequence[str], done: Callable[[int], Any] = lambda n: None) -> Scores:
+        """Returns how probable whole rows are by the protocol of the published generative perplexities.
+
+        Nothing is put before or after a text. Its first token is not scored; of the others `published_tokens` are, given all
+        that stands before them, be it of other documents. A text longer than the context is cut there.
+
+        Args:
+            texts: to be scored; `<|endoftext|>` in them is the boundary token.
+            done: told the number of texts just scored.
+        """
+        whole = [[self.encode(part) for part in text.split(_BOUNDARY)] for text in texts]
+        ids = [list(itertools.chain(parts[0], *([self.boundary, *part] for part in parts[1:]))) for parts in whole]
+        rows = [of_text[: self.spec.context] for of_text in ids]
+        scored = [published_tokens(row, self.boundary) for row in rows]
+        total = [costs[mask].sum() for costs, mask in zip(self.costs(rows, done), scored, strict=True)]
+        characters = [
+            len(text.replace(_BOUNDARY, "")) * len(row) / max(1, len(of_text))
+            for text, row, of_text in zip(texts, rows, ids, strict=True)
+        ]
+        return Scores(np.array(total), np.array([mask.sum() for mask in scored]), np.array(characters))
+
+
+def published_tokens(ids: Sequence[int] | np.ndarray, boundary: int) -> np.ndarray:
+    """Returns which ids after the first count in the published generative perplexities, bool `[n - 1]` of n ids.
+
+    All that are no boundary, and the row's first boundary, which is not among them where the row begins with it.
+    """
+    ends = np.asarray(ids, np.int64) == boundary
+    return (~ends | (np.cumsum(ends) == 1))[1:]
 
 
 def load(name: str) -> Judge:

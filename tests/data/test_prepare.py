@@ -1,4 +1,5 @@
 import errno
+import importlib.util
 import json
 import os
 import signal
@@ -89,10 +90,49 @@ def test_folder_names(tmp_path):
     assert prepare.shards_folder(data_config(tmp_path)).parent == tmp_path / "shards"
 
 
+def test_a_vocabulary_by_its_path(data, tmp_path):
+    vocab = tmp_path / "vocab.txt"
+    letters = {letter for text in make_texts(400) for letter in text.lower()} - {" "}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(letters | {f"##{letter}" for letter in letters})]
+    vocab.write_text("\n".join(words) + "\n", encoding="utf-8")
+    config = copy(data, dir=str(tmp_path), tokenizer=str(vocab))
+    folder = prepare.prepare(config, verbose=False)
+    assert folder.parent == tmp_path
+    assert prepare.prepare(config, verbose=False) == folder
+    assert shards.read_metadata(folder)["tokenizer"]["vocab_size"] == len(words)
+    assert prepare.load_tokenizer(folder).same_as(prepare.tokenizers.load(vocab))
+
+
+def test_a_missing_library_is_told_before_a_vocabulary_is_fetched(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else find(name))
+    monkeypatch.setattr(prepare.tokenizers, "load", lambda name: pytest.fail("nothing is fetched in vain"))
+    with pytest.raises(UserError, match=r"lm1b is fetched with the datasets library; run `pip install -e \.\[hub\]`"):
+        prepare.prepare(data_config(tmp_path, source="lm1b", tokenizer="bert-base-uncased"))
+
+
+def test_home_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("\n\n".join(make_texts(200)))
+    folder = prepare.prepare(data_config(tmp_path, path="~/a.txt", dir="~/shards", bpe_size=260), verbose=False)
+    assert folder.parent == tmp_path / "shards"
+    assert prepare.prepare(data_config(tmp_path, path=str(tmp_path / "a.txt"), bpe_size=260), verbose=False) == folder
+
+
+def test_a_text_file_without_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(UserError, match="holds no text but white space"):
+        prepare.prepare(data_config(tmp_path, path=str(tmp_path / "a.txt")), verbose=False)
+
+
 def test_progress_and_summary(data, tmp_path, capfd):
     folder = prepare.prepare(copy(data, dir=str(tmp_path)))
     shown = capfd.readouterr().err
-    assert "400/400" in shown
+    # A log file has no cursor to send back: no state of a bar overwrites the one before.
+    assert "\r" not in shown
+    assert shown.count("400/400") >= 2, "the BPE's reading and the tokenizing"
+    assert shown.index("reading for the BPE: 100%") < shown.index("learning a BPE of 300 ids from ")
+    assert shown.index("learning a BPE of 300 ids") < shown.index("tokenizing: ")
     assert prepare.summary(folder) in shown
     assert "tokenizer bpe (K = 300)" in shown
     prepare.prepare(copy(data, dir=str(tmp_path / "quiet")), verbose=False)

@@ -101,26 +101,48 @@ class TestTextFiles:
         ("name", "content"),
         [
             ("a.jsonl", b'{"text": "one"}\n{"text": '),
-            ("a.jsonl", b'{"texts": "one"}\n'),
             ("a.jsonl", b'{"text": null}\n'),
-            ("a.jsonl", b'["text"]\n'),
             ("a.jsonl.gz", b"not gzip"),
             ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 1000, mtime=0)[:-20]),
             ("a.parquet", b"not parquet"),
-            ("a.txt", b"\xff\xfe\xfa"),
         ],
     )
     def test_unreadable_file(self, name, content, tmp_path):
         (tmp_path / name).write_bytes(content)
         source = sources.open_source("text", tmp_path)
-        with pytest.raises(UserError, match=rf"{name} cannot be read as"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read as.* in the field `text`: "):
             list(source.documents())
         with pytest.raises(UserError, match=rf"{name} cannot be read as"):
             source.count()
 
+    @pytest.mark.parametrize(
+        ("content", "what"),
+        [
+            (b'{"text": "one"}\n\n{"id": 1, "texts": "one"}\n', "line 3 is an object with id, texts"),
+            (b"{}", "line 1 is an object with nothing"),
+            (b'["text"]\n', "line 1 is no JSON object"),
+        ],
+    )
+    def test_rows_without_the_field(self, content, what, tmp_path):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=rf"as .jsonl with a text in the field `text`: {what}\."):
+            list(sources.open_source("text", tmp_path).documents())
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    def test_other_encodings_than_utf8(self, name, tmp_path):
+        (tmp_path / name).write_bytes('{"text": "caf\xe9"}'.encode("latin1"))
+        with pytest.raises(UserError, match=r"is not text in UTF-8 \(it holds the byte 0xe9\); convert it"):
+            list(sources.open_source("text", tmp_path).documents())
+
+    @pytest.mark.parametrize(("name", "content"), [("a.txt", b"\n \n"), ("a.jsonl", b'{"text": ""}\n'), ("a.txt", b"")])
+    def test_no_text_in_the_files(self, name, content, tmp_path):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="holds no text but white space"):
+            list(sources.open_source("text", tmp_path).documents())
+
     def test_parquet_without_the_field(self, tmp_path):
         parquet.write_table(pyarrow.table({"words": ["one"]}), tmp_path / "a.parquet")
-        with pytest.raises(UserError, match="field `text`"):
+        with pytest.raises(UserError, match="field `text`: its columns are words"):
             list(sources.open_source("text", tmp_path).documents())
 
     def test_nothing_there(self, tmp_path):

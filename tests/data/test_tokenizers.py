@@ -231,6 +231,61 @@ def test_ids_out_of_range(bpe, ids):
         bpe.decode(ids)
 
 
+class TestVocabFile:
+    """A BERT vocabulary of one's own, by its path."""
+
+    WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "##s", "the")
+
+    def write(self, path, words=WORDS):
+        path.write_text("\n".join(words) + "\n", encoding="utf-8")
+        return str(path)
+
+    def test_is_what_the_config_may_name(self, tmp_path, monkeypatch):
+        name = self.write(tmp_path / "vocab.txt")
+        assert tokenizers.vocab_size(name, 0) == 8
+        assert tokenizers.kind(name) == "bert-base-uncased"
+        loaded = tokenizers.load(name)
+        assert loaded.encode("The cats") == [7, 5, 6]
+        assert loaded.vocab_size == 8
+        label = tokenizers.label(name, 0)
+        assert label.startswith("vocab-")
+        assert tokenizers.label(self.write(tmp_path / "copy.txt"), 0) == label
+        assert tokenizers.label(self.write(tmp_path / "other.txt", (*self.WORDS, "dog")), 0) != label
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert tokenizers.label("~/vocab.txt", 0) == label
+        assert tokenizers.load("~/vocab.txt").same_as(loaded)
+
+    def test_the_published_one_has_its_name(self, tmp_path, monkeypatch):
+        name = self.write(tmp_path / "vocab.txt")
+        monkeypatch.setattr(
+            tokenizers, "_BERT_VOCAB", hashlib.sha256((tmp_path / "vocab.txt").read_bytes()).hexdigest()
+        )
+        assert tokenizers.label(name, 0) == "bert-base-uncased"
+
+    @pytest.mark.parametrize("read", [tokenizers.load, lambda name: tokenizers.vocab_size(name, 0)])
+    def test_mistakes(self, tmp_path, read):
+        with pytest.raises(UserError, match=r"vocab\.txt cannot be read: .*No such file"):
+            read(str(tmp_path / "vocab.txt"))
+        (tmp_path / "vocab.txt").write_bytes(b"\xff")
+        with pytest.raises(UserError, match=r"vocab\.txt cannot be read: "):
+            read(str(tmp_path / "vocab.txt"))
+        with pytest.raises(UserError, match="is not a BERT vocabulary; it needs the lines"):
+            read(self.write(tmp_path / "vocab.txt", ["the", "cat"]))
+        with pytest.raises(UserError, match="has a line twice"):
+            read(self.write(tmp_path / "vocab.txt", [*self.WORDS, "cat"]))
+
+    def test_what_is_told_where_it_is_missing(self, monkeypatch):
+        import huggingface_hub
+
+        def fail(*_):
+            raise OSError("no network")
+
+        monkeypatch.setattr(tokenizers, "package_folder", lambda name: None)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+        with pytest.raises(UserError, match=r"or give the path of its vocab\.txt as the tokenizer"):
+            tokenizers.load("bert-base-uncased")
+
+
 def test_vocab_size_needs_no_files(gpt2, bert, bpe, monkeypatch):
     monkeypatch.setattr(tokenizers, "package_folder", lambda name: None)
     assert tokenizers.vocab_size("gpt2", 0) == gpt2.vocab_size

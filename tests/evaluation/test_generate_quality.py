@@ -4,14 +4,15 @@ import contextlib
 import json
 import math
 import sys
+import types
 
 import plain_language_models as plain
 import pytest
 from helpers import make_config, run, tiny_settings
 
-from duo_jax import api
+from duo_jax import api, cli
 from duo_jax.errors import UserError
-from duo_jax.evaluation import generate_quality
+from duo_jax.evaluation import generate_quality, generative, judges
 from duo_jax.training import checkpoint
 
 DOOR = [sys.executable, "-m", "duo_jax.evaluation.generate_quality"]
@@ -109,6 +110,11 @@ def test_the_curve_is_measured_once(trained, autoregressive, judge, tmp_path, do
         (["--models=x={trained}", "--steps=0"], "--steps, --num and --rows_at_once must be at least 1"),
         (["--models=x={trained}", "--num=0"], "--steps, --num and --rows_at_once must be at least 1"),
         (["--models=x={trained}", "--rows_at_once=0"], "--steps, --num and --rows_at_once must be at least 1"),
+        (["--models=x={trained}", "--seeds=-1"], "--seeds has -1; a seed must be from 0"),
+        (["--models=x={trained}", "--seeds=1,4294967296"], "--seeds has 4294967296"),
+        (["--models=x={trained}", "--seeds=0,1,0"], "--seeds has 0 twice"),
+        (["--models=x={trained}", "--steps=2,2"], "--steps has 2 twice"),
+        (["--models=x={trained}", "--protocol=theirs"], "--protocol=theirs; choose one of ours, reference"),
         (["--models=x={out}/nowhere"], "nowhere does not exist"),
         (["--models=x={out}"], "holds no checkpoint"),
         (["--models=x={judge}"], "is no Duo, MDLM, SEDD or AR state dict"),
@@ -133,6 +139,80 @@ def test_a_mistake_gets_one_clear_line(trained, judge, tmp_path, flags, expected
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        ("{tmp}/file", "is a file, not a folder"),
+        ("{tmp}/file/deeper", "cannot be made a folder and written to: Not a directory"),
+        ("/proc/nowhere", "cannot be made a folder and written to"),
+        ("/proc", "cannot be made a folder and written to"),
+    ],
+)
+def test_a_folder_that_takes_no_results_is_told_first(trained, tmp_path, door, monkeypatch, out, expected):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(judges, "load", lambda name: pytest.fail("the judge is loaded after what is quickly checked"))
+    with pytest.raises(UserError, match=expected):
+        door(f"--models=x={trained}", f"--out={out.format(tmp=tmp_path)}")
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.results_folder("--out", "~/a/b") == tmp_path / "a" / "b"
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d").write_text("kept")
+    assert cli.results_folder("--out", str(tmp_path / "c")) == tmp_path / "c"
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["c", "c/d"]
+
+
+def test_progress_counts_passes(trained, judge, tmp_path, door, monkeypatch):
+    """A text takes one pass a step and one of the judge, so a rate is known long before a set is done."""
+    seen = []
+
+    class Bar:
+        def __init__(self, total, unit):
+            seen.append((total, unit))
+            self.update = lambda n: seen.append(n)
+            self.set_description = seen.append
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(generate_quality, "progress", types.SimpleNamespace(bar=Bar, say=print))
+    flags = [f"--models=duo={trained}", f"--judge={judge}", f"--out={tmp_path / 'quality'}", "--num=3", "--seeds=0"]
+    door(*flags, "--steps=4", "--rows_at_once=2", "--noise_removal=greedy")
+    assert seen == [(3 + 3 * 5, " passes"), "held-out text", 3, "duo, 4 steps, greedy, seed 0", 8, 4, 3]
+
+
+def test_the_published_protocol_beside_ours(trained, judge, tmp_path, door):
+    out = tmp_path / "quality"
+    flags = [f"--models=duo={trained}", f"--judge={judge}", f"--out={out}", "--num=2", "--steps=1", "--seeds=0"]
+    flags += ["--noise_removal=greedy"]
+    door(*flags)
+    # As the file was before there were two.
+    rows = json.loads((out / "quality.json").read_text())
+    for row in rows:
+        assert row["case"].pop("protocol") == "ours"
+    (out / "quality.json").write_text(json.dumps(rows))
+    door(*flags, "--protocol=reference")
+    assert f"| PPL ({judge.name}, reference protocol) |" in (out / "quality.md").read_text()
+    ours, theirs = (json.loads((out / "quality.json").read_text())[i : i + 2] for i in (0, 2))
+    assert [row["case"]["protocol"] for row in (*ours, *theirs)] == ["ours"] * 2 + ["reference"] * 2
+    for mine, published in zip(ours, theirs, strict=True):
+        assert mine["entropy"] == published["entropy"]
+        assert mine["ppl"] != published["ppl"]
+    params = api.load(trained)
+    tokens = api.sample(params, 1, seed=0, batch_size=2, noise_removal="greedy").tokens
+    again, _ = generative.quality(
+        tokens, api.tokenizer_of(params.tokenizer), judges.load(str(judge)), protocol="reference"
+    )
+    assert again.ppl == pytest.approx(theirs[1]["ppl"], rel=1e-6)
+    door(*flags)
+    assert len(json.loads((out / "quality.json").read_text())) == 4, "the earlier entries are known"
 
 
 @pytest.mark.parametrize("content", ["", "[{", '[{"x": 1}]', '{"case": 1}', "5"])

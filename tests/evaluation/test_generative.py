@@ -89,6 +89,42 @@ def test_entropy_is_the_references(golden):
         assert quality.entropy == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_published_protocol_judges_rows_whole():
+    class Shown(Words):
+        def decode(self, ids, special=False):
+            return " ".join("<|endoftext|>" if i == EOS else f"w{i}" for i in ids if special or i != EOS)
+
+    class Published(Counter):
+        def published_nll(self, texts, done):
+            return self.nll(texts, [False] * len(texts), done)
+
+    judge = Published()
+    tokens = np.array([[1, 5, 5, 1, 9], [5, 6, 7, 8, 9]])
+    quality, texts = generative.quality(tokens, Shown(), judge, protocol="reference")
+    assert judge.texts == texts == ["<|endoftext|> w5 w5 <|endoftext|> w9", "w5 w6 w7 w8 w9"]
+    assert quality.ppl == pytest.approx(math.exp(0.5))
+    assert generative.quality(tokens, Shown(), judge)[1] == ["w5 w5", "w5 w6 w7 w8 w9"]
+
+
+def test_what_the_published_protocol_counts_is_the_references(golden):
+    data = golden("l_metrics")
+    for row, valid in zip(data["genppl_tokens"], data["genppl_valid"], strict=True):
+        np.testing.assert_array_equal(judges.published_tokens(row, EOS), valid)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ([5, 6, 1, 7, 1, 1], [True, True, True, False, False]),
+        ([1, 6, 1, 7], [True, False, True]),  # the first end is the beginning of the row, which nothing comes before
+        ([5], []),
+        ([], []),
+    ],
+)
+def test_what_the_published_protocol_counts(row, expected):
+    assert judges.published_tokens(row, EOS).tolist() == expected
+
+
 def test_what_counts_against_the_reference(golden):
     """The same tokens count up to the first end; beyond it this implementation departs from the reference.
 

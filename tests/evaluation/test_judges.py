@@ -125,6 +125,30 @@ def test_an_empty_text_that_was_cut_counts_for_nothing(gpt2):
     assert [part.tolist() for part in scores] == [[0.0], [0], [0.0]]
 
 
+def test_whole_rows_as_in_published_figures(gpt2, bpe):
+    """The costs of the tokens that count, each after all that stands before it, with no boundary put in front."""
+    w, judge = gpt2
+    texts = [
+        "the old house",
+        f"{plain.END}the old house{plain.END}the river{plain.END}",
+        f"the town{plain.END}{plain.END}in",
+        "",
+        "the river by the house " * 30,
+    ]
+    nll, count, characters = judge.published_nll(texts)
+    for i, text in enumerate(texts):
+        ids = bpe.encode(text).ids[: plain.GPT2.context]
+        end = bpe.token_to_id(plain.END)
+        assert (end in ids) == (plain.END in text), "the published code's tokenizer knows the boundary in a text"
+        costs = plain.plain_nll(plain.GPT2, w, ids) if len(ids) > 1 else np.zeros(0)
+        first = ids.index(end) if end in ids else None
+        counted = [at for at in range(1, len(ids)) if ids[at] != end or at == first]
+        assert count[i] == len(counted)
+        assert nll[i] == pytest.approx(sum(costs[at - 1] for at in counted), rel=1e-5, abs=1e-5)
+    assert count[-1] == plain.GPT2.context - 1
+    assert characters[:4].tolist() == [13, 22, 10, 0]
+
+
 # What cannot be a judge.
 
 

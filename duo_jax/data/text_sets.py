@@ -1,0 +1,61 @@
+"""Whole texts without a training split, tokenized in memory by a network's own tokenizer: for zero-shot perplexity."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duo_jax import progress
+from duo_jax.data import detokenizers, prepare, sources
+from duo_jax.data.shards import MemoryStore
+from duo_jax.data.tokenizers import Tokenizer
+from duo_jax.errors import UserError
+
+
+def documents(path: Path, *, field: str, detokenizer: str, stripped: bool) -> sources.Documents:
+    """Streams every document of a file or folder, all of them held out, with no empty ones.
+
+    Args:
+        path: .txt, .jsonl, .jsonl.gz and .parquet, as the source `text` reads them.
+        field: what a row of the last three calls its text.
+        detokenizer: one of `detokenizers.NAMES`.
+        stripped: whether a document loses its leading and trailing white space, before it is detokenized.
+
+    Raises:
+        UserError: the text is not there or cannot be read, or the detokenizer is unknown.
+    """
+    detokenize = detokenizers.by_name(detokenizer)
+    files = sources.list_files(path, setting="config.eval.path")
+    rows = itertools.chain.from_iterable(sources.read_rows(file, field, stripped=stripped) for file in files)
+    return ((sources.HELDOUT, detokenize(text)) for text in rows if text)
+
+
+def read(settings: Any, tokenizer: Tokenizer, *, verbose: bool = True) -> MemoryStore:
+    """Returns the tokens of the text that a `config.eval` block describes.
+
+    With `document_ends` each document is followed by EOS, as in training. Without, the documents run on as they stand, white
+    space included, and no id says where one ends: so the published zero-shot figures were made.
+
+    Args:
+        settings: the block, with `path`, `field`, `detokenizer` and `document_ends`.
+        tokenizer: that of the network to be evaluated.
+        verbose: show a progress bar.
+
+    Raises:
+        UserError: as `documents`, or there is no text.
+    """
+    path, ends = Path(settings.path).expanduser(), settings.document_ends
+    texts = documents(path, field=settings.field, detokenizer=settings.detokenizer, stripped=ends)
+    end = [tokenizer.eos_id] if ends else []
+    found: list[np.ndarray] = []
+    with progress.bar(desc="tokenizing", unit=" documents", disable=not verbose) as bar:
+        for batch in prepare.batches(texts):
+            encoded = tokenizer.encode_batch([text for _, text in batch])
+            found += [np.asarray([*ids, *end], np.int32) for ids in encoded]
+            bar.update(len(batch))
+    if not found:
+        raise UserError(f"{path} holds no text; set config.eval.path to a file or folder that does.")
+    return MemoryStore(str(path), found, tokenizer.facts(), ended=ends)

@@ -1,0 +1,40 @@
+"""What the scripts under launch/ ask the commands for, with a stand-in for Python that only notes it."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+NOTE = """#!/bin/sh
+echo "$*" >>"$NOTES"
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Returns a function that runs a script of a copied clone and returns the commands that it gave to its Python."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(NOTE)
+    python.chmod(0o755)
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name in ("setup.py", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def call(script, *args):
+        environment = {**os.environ, "NOTES": str(tmp_path / "notes"), "PYTHON": sys.executable}
+        environment.pop("WORKDIR", None)
+        subprocess.run(["bash", f"launch/{script}", *args], cwd=tmp_path, env=environment, check=True, timeout=60)
+        return (tmp_path / "notes").read_text().splitlines()
+
+    return call
+
+
+def test_settings_of_the_quickstart_reach_every_command(launch):
+    flags = ["--config.data.source=text", "--config.data.path=my.txt"]
+    commands = [line for line in launch("quickstart.sh", *flags) if line.startswith("-m duo_jax")]
+    assert [line.split()[1] for line in commands] == ["duo_jax.data.prepare", *["duo_jax.main"] * 3]
+    assert all(" ".join(flags) in line for line in commands)
