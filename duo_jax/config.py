@@ -42,9 +42,9 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 # What a run may change when it goes on from a checkpoint; all else must be as it was, or it is another run.
 FREE_ON_RESUME = (
-    "mode", "distributed", "train.steps", "train.lr", "train.warmup", "train.log_every", "eval", "sample", "checkpoint", "mesh", "data.dir",
-    "data.path", "data.workers", "model.head_mib",
-    "model.attention", "model.remat", "model.scan", "init_from",
+    "mode", "distributed", "train.steps", "train.lr", "train.warmup", "train.log_every", "eval", "sample", "checkpoint",
+    "mesh", "data.dir", "data.path", "data.workers", "model.head_mib", "model.attention", "model.remat", "model.scan",
+    "init_from",
 )  # fmt: skip
 # What of this changes what is learnt from then on, and is therefore told.
 TOLD_ON_RESUME = ("train.lr", "train.warmup")
@@ -269,8 +269,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be positive.")
     if config.algo.name == "d3pm" and config.algo.schedule != "log_linear":
         raise UserError(
-            f"config.algo.schedule is {config.algo.schedule!r}, but the chain of d3pm has alpha = 1 - t and no other; leave it "
-            "at log_linear."
+            f"config.algo.schedule is {config.algo.schedule!r}, but the chain of d3pm has alpha = 1 - t and no other; "
+            "leave it at log_linear."
         )
     if not 0 < config.sample.top_p <= 1:
         raise UserError(
