@@ -24,7 +24,8 @@ def written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; make it writable, or use another --workdir."
+            f"{path} cannot be written: {error.strerror or error}; put that right, or use another --workdir (to evaluate or "
+            "sample, a copy of this one)."
         ) from error
 
 

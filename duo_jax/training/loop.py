@@ -135,16 +135,16 @@ def train(config: ConfigDict, workdir: str) -> int | None:
     """
     with Run.open(config, workdir) as run:
         initial, step_fn, like = compile_step(config, run.network, run.mesh)
-        checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
-        try:
-            with Interrupt().watch() as interrupt:
+        with Interrupt().watch() as interrupt:  # also while the last checkpoint is written
+            checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
+            try:
                 state = resume(config, run, checkpoints, initial, like)
                 run.start(int(state.step), state.params)
                 state, stopped = take_steps(config, run, state, step_fn, checkpoints, interrupt)
-        finally:
-            checkpoints.close()
+            finally:
+                checkpoints.close()
         step = int(state.step)
-        if stopped:
+        if stopped or interrupt.alone():
             name = signal.Signals(interrupt.number).name
             run.say(f"Stopped by {name} at step {step:,} and saved. The same command goes on from there.")
             return interrupt.number

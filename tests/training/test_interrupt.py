@@ -21,7 +21,7 @@ def test_a_signal_is_told_while_something_is_computed(monkeypatch):
     monkeypatch.setattr(progress, "say", lambda text: said.append((time.monotonic(), text)))
     with interrupt.Interrupt().watch() as watched:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)  # no Python, and so no handler of a signal, before its end
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # no Python, and so no handler of a signal, before its end
         ended = time.monotonic()
         os.kill(os.getpid(), signal.SIGTERM)
     ((told, text),) = said
