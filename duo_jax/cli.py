@@ -183,10 +183,11 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
-def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
+def run(main: Callable[..., int | None], *, workdir: bool = False) -> None:
     """Parses the command line and calls `main(config)`, or `main(config, workdir)` where `workdir` is asked for.
 
-    A `UserError` anywhere below becomes one line on standard error and exit status 2.
+    A `UserError` anywhere below becomes one line on standard error and exit status 2. Where `main` returns the number of a
+    signal that it heeded, the exit status is 128 more, as that of a process which the signal ended.
     """
     config_flags.DEFINE_config_file("config", None, "The recipe: a Python file with get_config().", lock_config=True)
     if workdir:
@@ -198,16 +199,14 @@ def run(main: Callable[[ConfigDict], None], *, workdir: bool = False) -> None:
         except UserError as error:
             _fail(error)
 
-    def call(_: list[str]) -> None:
+    def call(_: list[str]) -> int:
         with one_line_errors():
             config = flags.FLAGS.config
             config_lib.check(config)
-            if not workdir:
-                main(config)
-            elif flags.FLAGS.workdir:
-                main(config, flags.FLAGS.workdir)
-            else:
+            if workdir and not flags.FLAGS.workdir:
                 raise UserError("--workdir is missing; give a folder for the run, such as --workdir=runs/quickstart.")
+            stopped_by = main(config, flags.FLAGS.workdir) if workdir else main(config)
+        return 128 + stopped_by if stopped_by else 0
 
     keep_memory()
     app.run(call, flags_parser=parse_or_exit)

@@ -43,10 +43,12 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 # What a run may change when it goes on from a checkpoint; all else must be as it was, or it is another run.
 FREE_ON_RESUME = (
-    "mode", "distributed", "train.steps", "train.log_every", "eval", "sample", "checkpoint", "mesh", "data.dir",
-    "data.path", "data.workers", "model.head_mib",
-    "model.attention", "model.remat", "model.scan", "init_from",
+    "mode", "distributed", "train.steps", "train.lr", "train.warmup", "train.log_every", "eval", "sample", "checkpoint",
+    "mesh", "data.dir", "data.path", "data.workers", "model.head_mib", "model.attention", "model.remat", "model.scan",
+    "init_from",
 )  # fmt: skip
+# What of this changes what is learnt from then on, and is therefore told.
+TOLD_ON_RESUME = ("train.lr", "train.warmup")
 
 
 def default() -> ConfigDict:
@@ -147,7 +149,7 @@ def default() -> ConfigDict:
     config.sample.n_steps = 128
     config.sample.batch_size = 4  # texts sampled together; bounds the memory
     config.sample.num = 0  # texts in all, of mode = sample; 0: one batch
-    config.sample.length = config_dict.placeholder(int)  # default: the network's length; longer texts grow in strides
+    config.sample.length = config_dict.placeholder(int)  # empty: the network's length; longer texts grow in strides
     config.sample.stride = 0  # new tokens a window of such a text; 0: half the network's length
     config.sample.sampler = "ancestral"  # ancestral | psi | ancestral_cache | analytic | autoregressive
     config.sample.noise_removal = "ancestral"  # ancestral | greedy | none
@@ -192,18 +194,32 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[st
     return flat
 
 
-def changed(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
-    """Returns `"config.name was A, is B"` for each setting that a run resuming a checkpoint of `old` may not change.
-
-    A setting that the checkpoint's version did not know had its default then.
-    """
+def _differences(old: Mapping[str, Any], new: ConfigDict) -> dict[str, str]:
+    """Returns `{key: "config.key was A, is B"}`; a setting that the checkpoint's version did not know had its default."""
     before, after = flatten(default()) | flatten(old), flatten(new)
-    return [
-        f"config.{key} was {before.get(key)}, is {after.get(key)}"
+    return {
+        key: f"config.{key} was {before.get(key)}, is {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+    }
+
+
+def changed(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
+    """Returns `"config.name was A, is B"` for each setting that a run resuming a checkpoint of `old` may not change."""
+    differences = _differences(old, new)
+    refused = [
+        text
+        for key, text in differences.items()
+        if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
     ]
+    if "train.steps" in differences and new.algo.name == "dcd" and new.algo.distillation.dt == "linear":
+        refused.append(f"{differences['train.steps']}, over which config.algo.distillation.dt = linear is stretched")
+    return refused
+
+
+def told(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
+    """Returns the same for each setting that it may change, but that changes what is learnt from there."""
+    return [text for key, text in _differences(old, new).items() if key in TOLD_ON_RESUME]
 
 
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -236,7 +252,7 @@ def check(config: ConfigDict) -> None:
     )
     _one_of("sample.noise_removal", config.sample.noise_removal, ("ancestral", "greedy", "none"))
     for name in ("train.steps", "train.batch_size", "train.log_every", "eval.batch_size", "sample.n_steps",
-                 "sample.batch_size", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib",
+                 "sample.batch_size", "sample.length", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib",
                  "algo.curriculum.k", "algo.d3pm_steps", "algo.distillation.round_length",
                  "algo.distillation.n_steps"):  # fmt: skip
         value = flatten(config)[name]
@@ -259,6 +275,11 @@ def check(config: ConfigDict) -> None:
     for name in ("train.lr", "train.clip", "train.adam_eps", "sample.temperature"):
         if flatten(config)[name] <= 0:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be positive.")
+    if config.algo.name == "d3pm" and config.algo.schedule != "log_linear":
+        raise UserError(
+            f"config.algo.schedule is {config.algo.schedule!r}, but the chain of d3pm has alpha = 1 - t and no other; "
+            "leave it at log_linear."
+        )
     if not 0 < config.sample.top_p <= 1:
         raise UserError(
             f"config.sample.top_p is {config.sample.top_p}; it must be in (0, 1], where 1 keeps every token."

@@ -7,11 +7,11 @@ from ml_collections import ConfigDict
 from duo_jax import cli
 
 
-def main(config: ConfigDict, workdir: str) -> None:
-    """Does what `config.mode` says."""
+def main(config: ConfigDict, workdir: str) -> int | None:
+    """Does what `config.mode` says; returns the number of the signal that stopped it, or None."""
     from duo_jax import modes  # the libraries behind it take seconds, which a mistyped flag need not wait for
 
-    modes.run(config, workdir)
+    return modes.run(config, workdir)
 
 
 if __name__ == "__main__":

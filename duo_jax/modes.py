@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from duo_jax import api, progress, sampling
+from duo_jax import api, files, progress, sampling
 from duo_jax.data import prepare, text_sets
 from duo_jax.data.packing import Store
 from duo_jax.data.tokenizers import Tokenizer
 from duo_jax.errors import UserError
-from duo_jax.evaluation import likelihood
 from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint, loop, partition
 from duo_jax.training import run as run_lib
@@ -75,9 +75,12 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     """Measures the likelihood of text under the newest checkpoint.
 
     That of the held-out split goes to `WORKDIR/eval.json`; that of the text at `config.eval.path` is a line more of
-    `WORKDIR/zero_shot.jsonl`.
+    `WORKDIR/zero_shot.jsonl`. Where the workdir is the folder of a checkpoint, that of its run is written to.
     """
     params = _load(config, workdir)
+    home, step = checkpoint.find(workdir)
+    path = home / ("zero_shot.jsonl" if config.eval.path else "eval.json")
+    files.check_file(path)
     mesh = partition.create_mesh(config.mesh)
     partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
     tokenizer = api.tokenizer_of(params.tokenizer)
@@ -89,32 +92,40 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
         levels = run_lib.levels(config, text, tokenizer.vocab_size)
     batches = run_lib.heldout(config, text)
     weights = partition.replicate(params.weights, mesh)
-    result = likelihood.evaluate(
-        weights,
-        params.network,
-        progress.bar(iterable=batches, total=len(batches), desc="evaluating", unit=" batches"),
-        lambda batch: partition.put(batch, mesh),
-        mesh=mesh,
-    )
-    _, step = checkpoint.find(workdir)
-    report = {"step": step, "nll": result.nll, "bpd": result.bpd, "ppl": result.ppl, "tokens": result.tokens}
-    report |= {f"{name}_ppl": level for name, level in levels.items()}
+    result = run_lib.measure(weights, params.network, batches, mesh)
     if jax.process_index():
         return
-    if config.eval.path:
-        about = {key: config.eval[key] for key in ("path", "detokenizer", "document_ends")}
-        with (Path(workdir) / "zero_shot.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(about | {"packing": config.data.packing} | report) + "\n")
-    else:
-        (Path(workdir) / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     what = f"tokens of {config.eval.path}" if config.eval.path else f"held-out tokens of {config.data.source}"
     progress.say(f"{workdir} at step {step:,}, {result.tokens:,} {what}:")
     progress.say(f"  {run_lib.describe(result, levels)}")
+    report = {"step": step, "nll": result.nll, "bpd": result.bpd, "ppl": result.ppl, "tokens": result.tokens}
+    report |= {f"{name}_ppl": level for name, level in levels.items()}
+    with files.written(path):
+        if config.eval.path:
+            about = {key: config.eval[key] for key in ("path", "detokenizer", "document_ends")}
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(about | {"packing": config.data.packing} | report) + "\n")
+        else:
+            report |= {"batches": config.eval.batches, "batch_size": config.eval.batch_size}
+            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    progress.say(f"  written to {path}")
+
+
+def _new(folder: Path, stem: str, suffix: str) -> Path:
+    """Returns the first of STEM.SUFFIX, STEM-2.SUFFIX, STEM-3.SUFFIX, ... that is not there yet."""
+    names = itertools.chain([f"{stem}{suffix}"], (f"{stem}-{i}{suffix}" for i in itertools.count(2)))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def sample(config: ConfigDict, workdir: str) -> None:
-    """Samples texts from the newest checkpoint, prints the first few, and writes them to `WORKDIR/samples.jsonl`."""
+    """Samples texts from the newest checkpoint, prints the first few, and writes them to `WORKDIR/samples.jsonl`.
+
+    If that exists, to `samples-2.jsonl` and so on: samples may be hours of work. Where the workdir is the folder of a
+    checkpoint, that of its run is written to.
+    """
     params = _load(config, workdir)
+    path = _new(checkpoint.find(workdir)[0], "samples", ".jsonl")
+    files.check_file(path)
     chosen = config.sample
     psi = sampling.Psi.from_config(chosen)
     settings = {name: chosen[name] for name in _SAMPLE} | {
@@ -129,30 +140,29 @@ def sample(config: ConfigDict, workdir: str) -> None:
     if jax.process_count() > 1:
         mesh = partition.create_mesh(config.mesh)
         params = params.replace(weights=partition.replicate(params.weights, mesh))
-    path = Path(workdir) / "samples.jsonl"
     about = settings | {"psi": psi and dataclasses.asdict(psi)}
-    begun = False
+    done = 0
 
-    def write(batch: api.Samples) -> None:
-        """Adds a batch to the file, so that a killed job has written what it had."""
-        nonlocal begun
+    def show_and_write(batch: api.Samples) -> None:
+        """Prints the first texts and adds a batch to the file, so that a killed job has written what it had."""
+        nonlocal done
         if jax.process_index():
             return
-        with path.open("a" if begun else "w", encoding="utf-8") as file:
+        for text, entropy in itertools.islice(zip(batch.text, batch.entropy, strict=True), max(_SHOWN - done, 0)):
+            done += 1
+            progress.say(f"--- {done} (unigram entropy {entropy:.2f} nats) ---\n{text}\n")
+        with files.written(path), path.open("a", encoding="utf-8") as file:
             for i, (text, entropy) in enumerate(zip(batch.text, batch.entropy, strict=True)):
                 row = {"text": text, "entropy": float(entropy), "network_calls": batch.network_calls, **about}
                 row["tokens"] = batch.tokens[i].tolist()
                 if batch.trajectory is not None:
                     row["trajectory"] = batch.trajectory[:, i].tolist()
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        begun = True
 
     number = chosen.num or chosen.batch_size
-    result = api.sample(params, batch_size=number, psi=psi, progress=True, mesh=mesh, each=write, **settings)
+    result = api.sample(params, batch_size=number, psi=psi, progress=True, mesh=mesh, each=show_and_write, **settings)
     if jax.process_index():
         return
-    for i, (text, entropy) in enumerate(zip(result.text[:_SHOWN], result.entropy, strict=False)):
-        progress.say(f"--- {i + 1} (unigram entropy {entropy:.2f} nats) ---\n{text}\n")
     shown = f" (the first {_SHOWN} above)" if len(result.text) > _SHOWN else ""
     progress.say(f"{len(result.text)} texts{shown} in {result.network_calls} network calls a batch; written to {path}.")
 
@@ -160,8 +170,12 @@ def sample(config: ConfigDict, workdir: str) -> None:
 MODES = {"train": loop.train, "eval": evaluate, "sample": sample}
 
 
-def run(config: ConfigDict, workdir: str) -> None:
-    """Does what `config.mode` says, on all hosts if `config.distributed`."""
+def run(config: ConfigDict, workdir: str) -> int | None:
+    """Does what `config.mode` says, on all hosts if `config.distributed`.
+
+    Returns:
+        the number of the signal that stopped a training run, or None where all was done.
+    """
     if config.distributed:
         try:
             jax.distributed.initialize()
@@ -170,4 +184,4 @@ def run(config: ConfigDict, workdir: str) -> None:
                 f"config.distributed is set, but the hosts did not find each other: {str(error).splitlines()[0]} Start it "
                 "under SLURM, Open MPI or on a TPU pod, or leave it out on a single host."
             ) from error
-    MODES[config.mode](config, str(Path(workdir).expanduser()))
+    return MODES[config.mode](config, str(Path(workdir).expanduser()))

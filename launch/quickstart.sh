@@ -3,8 +3,9 @@
 # stopped. Settings may follow: bash launch/quickstart.sh --config.train.steps=4000
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "" # no extra; without an argument it would see this script's
 
-# A stopped training saves and exits in good order; what comes after it is not wanted then.
-trap 'exit 130' INT TERM
+# A stopped training saves and exits with a status that ends this script too; what comes after it is not wanted then.
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 duo() { .venv/bin/python -m duo_jax.main --config=configs/quickstart.py --workdir="${WORKDIR:-runs/quickstart}" "$@"; }
 

@@ -73,6 +73,8 @@ def test_a_recipe_traces(path):
         ({"eval.batches": -1}, "config.eval.batches"),
         ({"train.lr": float("nan")}, "must be a finite number"),
         ({"algo.curriculum.start": -5}, "must not be negative"),
+        ({"sample.length": -1}, "config.sample.length is -1; it must be at least 1"),
+        ({"algo.name": "d3pm", "algo.schedule": "cosine"}, "config.algo.schedule is 'cosine', but the chain of d3pm"),
     ],
 )
 def test_impossible_values_are_refused(settings, message):
@@ -119,12 +121,37 @@ def test_what_a_resumed_run_may_change():
     new = config_lib.default()
     new.train.steps, new.sample.n_steps, new.mode = 5, 1, "eval"
     assert config_lib.changed(old.to_dict(), new) == []
-    new.train.lr, new.data.source = 1e-5, "text"
+    assert config_lib.told(old.to_dict(), new) == []
+    new.train.lr, new.train.warmup, new.train.ema, new.data.source = 1e-5, 9, 0.5, "text"
     assert config_lib.changed(old.to_dict(), new) == [
         "config.data.source was wiki, is text",
+        "config.train.ema was 0.9999, is 0.5",
+    ]
+    assert config_lib.told(old.to_dict(), new) == [
         "config.train.lr was 0.0003, is 1e-05",
+        "config.train.warmup was 2500, is 9",
     ]
     # A checkpoint from before a setting existed had its default.
     before = old.to_dict()
     del before["train"]["clip"]
     assert config_lib.changed(before, config_lib.default()) == []
+
+
+def test_the_steps_over_which_dt_grows_are_fixed():
+    old, new = config_lib.default(), config_lib.default()
+    for config in (old, new):
+        config.algo.name = "dcd"
+    new.train.steps = 5
+    assert config_lib.changed(old.to_dict(), new) == []
+    for config in (old, new):
+        config.algo.distillation.dt = "linear"
+    (refused,) = config_lib.changed(old.to_dict(), new)
+    assert refused.startswith("config.train.steps was 1000000, is 5, over which config.algo.distillation.dt = linear")
+
+
+@pytest.mark.parametrize(("lr", "warmup"), [(1e-3, 0), (1e-5, 7)])
+def test_what_may_change_leaves_the_optimizers_state_as_it_is(lr, warmup):
+    config, weights = config_lib.default().train, {"w": jnp.zeros((2, 3))}
+    before = jax.tree.map(jnp.shape, optimizer.create(config).init(weights))
+    config.lr, config.warmup = lr, warmup
+    assert jax.tree.map(jnp.shape, optimizer.create(config).init(weights)) == before

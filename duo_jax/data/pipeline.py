@@ -11,6 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from duo_jax import progress
 from duo_jax.data.packing import Batch, Rows, Store, open_rows
 from duo_jax.data.shards import TokenStore
 from duo_jax.data.sources import HELDOUT, TRAIN
@@ -229,7 +230,9 @@ def heldout_batches(
     return HeldoutBatches(rows, store.metadata["tokenizer"]["pad_id"], batch_size, process_index * local, local, count)
 
 
-def unigram_counts(folder: str | Path, length: int, packing: str = "packed", max_rows: int | None = None) -> np.ndarray:
+def unigram_counts(
+    folder: str | Path, length: int, packing: str = "packed", max_rows: int | None = None, *, verbose: bool = False
+) -> np.ndarray:
     """Counts the ids in the rows that training sees, BOS and EOS included and padding left out.
 
     Args:
@@ -237,6 +240,7 @@ def unigram_counts(folder: str | Path, length: int, packing: str = "packed", max
         length: L, the length of a row.
         packing: `packed` or `padded`.
         max_rows: count at most so many rows, evenly spaced, instead of all of them.
+        verbose: show a progress bar on stderr.
 
     Returns:
         int64 `[K]`.
@@ -249,7 +253,8 @@ def unigram_counts(folder: str | Path, length: int, packing: str = "packed", max
     step = -(-len(rows) // max_rows) if max_rows else 1
     counts = np.zeros(store.metadata["tokenizer"]["vocab_size"], np.int64)
     indices = np.arange(0, len(rows), step)
-    for chunk in np.array_split(indices, max(1, len(indices) // 1024)):
+    chunks = np.array_split(indices, max(1, len(indices) // 1024))
+    for chunk in progress.passing(chunks, len(chunks), "counting tokens", unit=" chunks of rows", show=verbose):
         batch = rows.take(chunk)
         counts += np.bincount(batch["tokens"][batch["mask"] > 0], minlength=len(counts))
     return counts

@@ -8,7 +8,6 @@ every hash. The 5M characters of `wiki` take a few seconds.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from duo_jax import progress
+from duo_jax import files, progress
 from duo_jax.data import shards, sources, tokenizers
 from duo_jax.errors import UserError
 
@@ -74,9 +73,14 @@ def prepare(data: Any, *, verbose: bool = True) -> Path:
     if folder.exists():
         _check(folder, data)
         return folder
+
+    def waits() -> None:
+        if verbose:
+            print(f"waiting for another process that prepares {folder}", file=sys.stderr)
+
     with _explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, verbose):
+        with files.locked(_lock_path(folder), waits):
             if not folder.exists():
                 _make(folder, data, verbose)
     _check(folder, data)
@@ -224,44 +228,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, verbose: bool) -> Iterator[None]:
-    """Holds the folder's lock, waiting for it if need be; the kernel releases it however the process ends."""
-    path = _lock_path(folder)
-    file = _acquire(path, block=False)
-    if file is None:
-        if verbose:
-            print(f"waiting for another process that prepares {folder}", file=sys.stderr)
-        file = _acquire(path, block=True)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
-
-
-def _acquire(path: Path, *, block: bool) -> Any:
-    """Returns the locked file, or None where another process has the lock and `block` is not set."""
-    while True:
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
-            # Whoever held the lock before may have removed its file, and then this is a lock on nothing.
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except BlockingIOError:
-            file.close()
-            return None
-        except FileNotFoundError:
-            pass
-        file.close()
-
-
 def _remove_leftovers(folder: Path) -> None:
     """Removes what killed preparations left beside `folder`, whose own lock is held."""
     for partial in folder.parent.glob(".*.partial"):
         lock = _lock_path(partial.with_name(partial.name[1:].removesuffix(".partial")))
-        file = None if lock == _lock_path(folder) else _acquire(lock, block=False)
+        file = None if lock == _lock_path(folder) else files.acquire(lock, block=False)
         if file is not None or lock == _lock_path(folder):
             shutil.rmtree(partial, ignore_errors=True)
         if file is not None:

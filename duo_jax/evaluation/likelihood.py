@@ -68,10 +68,11 @@ def evaluate(
         mesh: the devices over which the batch is split; None for one device.
     """
     key = jax.random.key(_NOISE_SEED)
-    sums = [
-        nll_sum(weights, put(batch), jax.random.fold_in(key, i), network=network, mesh=mesh)
-        for i, batch in enumerate(batches)
-    ]
+    sums: list[dict[str, jax.Array]] = []
+    for i, batch in enumerate(batches):
+        sums.append(nll_sum(weights, put(batch), jax.random.fold_in(key, i), network=network, mesh=mesh))
+        if i:  # one batch is queued, never all of them: that bounds their memory, and a bar tells what is done
+            sums[-2] = jax.device_get(sums[-2])
     sums = jax.device_get(sums)
     tokens = sum(int(s["tokens"]) for s in sums)
     return Likelihood(sum(float(s["nll"]) for s in sums) / tokens, tokens)

@@ -46,6 +46,24 @@ def check_known(tokens: np.ndarray, held: np.ndarray, network: Network) -> None:
         )
 
 
+def window(network: Network, length: int, stride: int | None) -> tuple[int, int | None]:
+    """Returns the length of a window and the new tokens in each, None where one window is the whole text.
+
+    Raises:
+        UserError: a stride that does not fit.
+    """
+    if length <= network.length:
+        if stride is not None:
+            raise UserError(f"stride is for texts longer than the network's {network.length} tokens, not {length}.")
+        return length, None
+    stride = network.length // 2 if stride is None else stride
+    if not 1 <= stride <= network.length - 2:
+        raise UserError(
+            f"stride is {stride}; it must be from 1 to {network.length - 2}, to leave room for BOS and a last token."
+        )
+    return network.length, stride
+
+
 def sample(
     weights: Any,
     network: Network,
@@ -88,21 +106,11 @@ def sample(
     """
     check_known(*known, network)
     rows, length = known[0].shape
-    if length <= network.length:
-        if stride is not None:
-            raise UserError(f"stride is for texts longer than the network's {network.length} tokens, not {length}.")
-        window = length
-    else:
-        window = network.length
-        stride = window // 2 if stride is None else stride
-        if not 1 <= stride <= window - 2:
-            raise UserError(
-                f"stride is {stride}; it must be from 1 to {window - 2}, to leave room for BOS and a last token."
-            )
-        if settings.trajectory or settings.guided:
-            raise UserError(
-                "trajectory and guidance are for texts within the network's length; leave out one or the other."
-            )
+    width, stride = window(network, length, stride)
+    if stride is not None and (settings.trajectory or settings.guided):
+        raise UserError(
+            "trajectory and guidance are for texts within the network's length; leave out one or the other."
+        )
     if mesh is None:
         mesh = Mesh(np.asarray(jax.local_devices()), ("rows",))
         if mesh.size > 1:
@@ -122,14 +130,14 @@ def sample(
         )
         return jax.tree.map(fetch, walk)
 
-    places = _windows(length, window, stride)
-    steps = window - 1 if settings.process == "autoregressive" else settings.network_calls
+    places = _windows(length, width, stride)
+    steps = width - 1 if settings.process == "autoregressive" else settings.network_calls
     planned(-(-rows // size) * len(places) * steps)
     blocks = []
     for index, start in enumerate(range(0, rows, size)):
         part, other = (pair and tuple(x[start : start + size] for x in pair) for pair in (known, unconditional))
         block_key = jax.random.fold_in(key, index)
-        if length <= network.length:
+        if stride is None:
             walk = draw(block_key, part, other)
         else:
             walk = _in_strides(lambda k, part: draw(k, part, None), block_key, part, places, bos_id)

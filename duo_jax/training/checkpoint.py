@@ -11,20 +11,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax.training.dynamic_scale import DynamicScale
 from ml_collections import ConfigDict
 
-from duo_jax import convert
+from duo_jax import convert, files
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network, Params
-from duo_jax.training.state import TrainState
+from duo_jax.training.state import TrainState, new_loss_scale
 
 FOLDER = "checkpoints"
 TOKENIZER = "tokenizer"
@@ -47,16 +50,59 @@ def _rest(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in names}
 
 
+def _of_orbax(error: BaseException) -> bool:
+    """Whether an error is of those with which Orbax says that it cannot read a file; some have no type of their own."""
+    return isinstance(error, OSError | KeyError | ValueError) or type(error) is Exception
+
+
+def _drop_echoes(others: Callable[[Any], None], unraisable: Any) -> None:
+    """Leaves out what Orbax's abandoned reads say when they end, and hands what is not of them on."""
+    text = str(unraisable.exc_value)
+    if "Event loop is closed" not in text and "while reading array index" not in text:
+        others(unraisable)
+
+
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """Turns what Orbax raises on a damaged checkpoint into one sentence."""
+    before = sys.unraisablehook
+    # The first array that cannot be read ends the reading. That of the others ends in threads, after the error was raised,
+    # and each would print a traceback: the hook stays where there was an error.
+    if getattr(before, "func", None) is not _drop_echoes:
+        sys.unraisablehook = functools.partial(_drop_echoes, before)
     try:
         yield
-    except (OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
+    except Exception as error:
+        if not _of_orbax(error):
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())[:120]
         raise UserError(
             f"{folder} is damaged ({reason}); remove it, and the checkpoint before it will be used."
         ) from error
+    sys.unraisablehook = before
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each array by its place, spelled the same for a state and for what Orbax tells of a saved one."""
+    flat = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in flat}
+
+
+def _check_arrays(folder: Path, item: str, like: Any, *, but: str = "") -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of an item's arrays.
+
+    Raises:
+        UserError: they are not those of `like`, apart from what lies under the name `but`; or they cannot be read.
+    """
+    with _readable(folder):
+        have = _shapes(ocp.StandardCheckpointHandler().metadata(folder / item).tree)
+    different = sorted(dict(have.items() ^ _shapes(like).items()))
+    if different := [name for name in different if not but or name.split(".")[0] != but]:
+        raise UserError(
+            f"{folder} holds other arrays than this version of duo_jax has for its config ({item}: {different[0]}); go on "
+            "with the version that wrote it, or use another --workdir."
+        )
+    return have
 
 
 class Checkpoints:
@@ -69,11 +115,12 @@ class Checkpoints:
             UserError: the folder cannot be written.
         """
         self.folder = Path(workdir).resolve() / FOLDER
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        files.check_folder(self.folder)
+        if jax.process_index() == 0:
+            # What a killed run was writing. Orbax would remove it in a thread, which fails where the program ends at once.
+            for leftover in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
@@ -119,15 +166,36 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state, placed as the shapes and shardings of `like` say, and the data position."""
+        """Returns the state, placed as the shapes and shardings of `like` say, and the data position.
+
+        A checkpoint of another compute type may lack the loss scale that is wanted, and a fresh one is made; or it has one
+        that is not wanted, and is left out.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another version.
+        """
+        folder, rest = self.folder / str(step), _rest(like)
+        for item, tree in (("params", like.params), ("ema", like.ema)):
+            _check_arrays(folder, item, tree)
+        saved = _check_arrays(folder, "rest", rest, but="loss_scale")
+        has_scale = any(name.startswith("loss_scale.") for name in saved)
+        wants_scale = isinstance(like.loss_scale, DynamicScale)
+        if has_scale != wants_scale:
+            place = like.step.sharding
+            rest["loss_scale"] = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                jax.eval_shape(new_loss_scale) if has_scale else {},
+            )
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(like.params),
             ema=ocp.args.StandardRestore(like.ema),
-            rest=ocp.args.StandardRestore(_rest(like)),
+            rest=ocp.args.StandardRestore(rest),
             data=ocp.args.JsonRestore(),
         )
-        with _readable(self.folder / str(step)):
+        with _readable(folder):
             got = self._manager.restore(step, args=items)
+        if has_scale != wants_scale:
+            got["rest"]["loss_scale"] = jax.device_put(new_loss_scale(), place) if wants_scale else {}
         return TrainState(params=got["params"], ema=got["ema"], **got["rest"]), got["data"]
 
     def wait(self) -> None:
@@ -156,16 +224,29 @@ def record(config: ConfigDict, network: Network) -> dict[str, Any]:
     return {"format": FORMAT, "config": config.to_dict(), "network": dataclasses.asdict(network)}
 
 
+def is_converted(path: Path) -> bool:
+    """Whether a path is a folder of converted weights, in which no run keeps its checkpoints."""
+    return not (path / FOLDER).is_dir() and convert.is_folder(path)
+
+
+def run_of(path: Path) -> Path | None:
+    """Returns the run whose folder of checkpoints, or of one of them, a path is; None if it is no such place."""
+    if path.parent.name == FOLDER and path.name.isdigit():
+        return path.parent.parent
+    return path.parent if path.name == FOLDER else None
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's workdir, the folder of its checkpoints, or that of one of them."""
     path = path.resolve()
-    step = path.parent.name == FOLDER and path.name.isdigit()
-    return step or path.name == FOLDER or (path / FOLDER).is_dir()
+    return run_of(path) is not None or (path / FOLDER).is_dir()
 
 
-def _converted(path: Path) -> bool:
-    """Whether a path is a folder of converted weights, in which no run keeps its checkpoints."""
-    return not (path / FOLDER).is_dir() and convert.is_folder(path)
+def steps(workdir: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a run's folder."""
+    folder = workdir / FOLDER
+    found = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    return [step for step in found if (folder / str(step) / "record").is_dir()]
 
 
 def find(path: str | Path) -> tuple[Path, int]:
@@ -177,18 +258,17 @@ def find(path: str | Path) -> tuple[Path, int]:
         UserError: there is no checkpoint at the path.
     """
     path = Path(path).expanduser().resolve()
-    if path.parent.name == FOLDER and path.name.isdigit() and path.is_dir():
-        return path.parent.parent, int(path.name)
-    if _converted(path):
+    run = run_of(path)
+    if run and path.name != FOLDER and path.is_dir():
+        return run, int(path.name)
+    if is_converted(path):
         return path, convert.step(path)
-    folder = path if path.name == FOLDER else path / FOLDER
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run's workdir or one of its folders {FOLDER}/STEP.")
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
-    steps = [step for step in steps if (folder / str(step) / "record").is_dir()]
-    if not steps:
+    found = steps(run or path)
+    if not found:
         raise UserError(f"{path} holds no checkpoint; give a run's workdir or one of its folders {FOLDER}/STEP.")
-    return folder.parent, max(steps)
+    return run or path, max(found)
 
 
 def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]:
@@ -202,7 +282,7 @@ def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]
         UserError: no checkpoint, or one that this version cannot read.
     """
     workdir, step = find(path)
-    if _converted(workdir):
+    if is_converted(workdir):
         return convert.read(workdir, ema=ema), {}
     folder = workdir / FOLDER / str(step)
     try:
@@ -218,6 +298,8 @@ def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         jax.eval_shape(network.init, jax.random.key(0)),
     )
+    item = "ema" if ema else "params"
+    _check_arrays(folder, item, like)
     with _readable(folder), ocp.StandardCheckpointer() as reader:
-        weights = reader.restore(folder / ("ema" if ema else "params"), like)
+        weights = reader.restore(folder / item, like)
     return Params(weights=weights, network=network, tokenizer=str(workdir / TOKENIZER), averaged=ema), about

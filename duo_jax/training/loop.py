@@ -2,61 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from duo_jax import cli, objectives, progress
+from duo_jax import config as config_lib
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network
 from duo_jax.training import optimizer as optimizer_lib
 from duo_jax.training import partition
 from duo_jax.training.checkpoint import Checkpoints
 from duo_jax.training.checkpoint import record as checkpoint_record
+from duo_jax.training.interrupt import Interrupt, Stopped
 from duo_jax.training.run import Run
 from duo_jax.training.state import TrainState, create, renew_teacher, train_step
-
-
-class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the loop can save and leave between two steps."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    def _note(self, number: int, _: Any) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
-        self.name = signal.Signals(number).name
-
-    def agreed(self, step: int, every: int) -> bool:
-        """Whether to stop after this step: any process was told to. Several processes ask each other every so many steps."""
-        if jax.process_count() == 1:
-            return self.name is not None
-        if step % every:
-            return False
-        told = multihost_utils.process_allgather(np.asarray(self.name is not None))
-        self.name = self.name or ("another process's signal" if told.any() else None)
-        return bool(told.any())
-
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[Interrupt]:
-        """Handles the signals while the block runs, and puts the old handlers back."""
-        old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 class Meter:
@@ -146,42 +112,54 @@ def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, initial: Any,
     if latest is None:
         checkpoints.check_space(like)
         return initial(run.start_from())
-    run.check_record(checkpoints.record(latest), f"the checkpoint of step {latest} in {checkpoints.folder}")
+    record = checkpoints.record(latest)
+    run.check_record(record, f"the checkpoint of step {latest} in {checkpoints.folder}")
     state, data = checkpoints.restore(latest, like)
     run.batches.set_state(data)
     run.say(f"Resuming from the checkpoint of step {latest:,} in {checkpoints.folder}.")
+    if told := config_lib.told(record["config"], config):
+        run.say(f"From here on {'; '.join(told)}.")
     return state
 
 
-def train(config: ConfigDict, workdir: str) -> None:
+def train(config: ConfigDict, workdir: str) -> int | None:
     """Trains as `config` says, from the newest checkpoint in `workdir` if there is one, and leaves the results there.
 
     Ctrl-C or SIGTERM saves a checkpoint and returns; the same command then goes on.
+
+    Returns:
+        the number of the signal that stopped the run, or None where it came to its end.
 
     Raises:
         UserError: what a user can put right, in one sentence.
     """
     with Run.open(config, workdir) as run:
         initial, step_fn, like = compile_step(config, run.network, run.mesh)
-        checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
-        try:
-            with Interrupt().watch() as interrupt:
+        with Interrupt().watch() as interrupt:  # also while the last checkpoint is written
+            checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
+            try:
                 state = resume(config, run, checkpoints, initial, like)
                 run.start(int(state.step), state.params)
-                state = take_steps(config, run, state, step_fn, checkpoints, interrupt)
-        finally:
-            checkpoints.close()
+                state, stopped = take_steps(config, run, state, step_fn, checkpoints, interrupt)
+            finally:
+                checkpoints.close()
         step = int(state.step)
-        if interrupt.name and step < config.train.steps:
-            run.say(f"Stopped by {interrupt.name} at step {step:,} and saved. The same command goes on from there.")
-        else:
-            run.finish(step, state.ema)
+        if stopped or interrupt.alone():
+            name = signal.Signals(interrupt.number).name
+            run.say(f"Stopped by {name} at step {step:,} and saved. The same command goes on from there.")
+            return interrupt.number
+        run.finish(step, state.ema)
+        return None
 
 
 def take_steps(
     config: ConfigDict, run: Run, state: TrainState, step_fn: Any, checkpoints: Checkpoints, interrupt: Interrupt
-) -> TrainState:
-    """Takes the steps that are left, or those until the interrupt; returns the last state, saved."""
+) -> tuple[TrainState, bool]:
+    """Takes the steps that are left, or those until the interrupt.
+
+    Returns:
+        the last state, which is saved, and whether it was the interrupt that ended the steps.
+    """
     start, total = int(state.step), config.train.steps
     meter = Meter(config.train.batch_size * config.model.length)
     record = checkpoint_record(config, run.network)
@@ -195,14 +173,29 @@ def take_steps(
             rate = f", {scalars['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in scalars else ""
             bar.set_postfix_str(f"loss {scalars['loss']:.3f}{rate}", refresh=False)
 
-    def report(step: int) -> None:
-        for every, act in ((config.eval.every, run.evaluate), (config.sample.every, run.sample)):
-            if due(every, step):
-                act(step, state.ema)
-                meter.restart_clock()
+    def save(step: int) -> None:
+        log(step, late=False)  # a loss that is not finite ends the run here, before it is saved
+        checkpoints.save(state, run.batches.get_state(), record)
+        meter.restart_clock()
 
-    if start and not run.evaluated(start):
-        report(start)  # the run was killed between its checkpoint and what was due with it
+    def report(step: int, *, again: bool = True) -> bool:
+        """Evaluates and samples where that is due, also `again`; returns whether a signal came, which cuts it short."""
+        evaluate = functools.partial(run.evaluate, between=interrupt.between)
+        try:
+            for every, act, done in (
+                (config.eval.every, evaluate, run.evaluated),
+                (config.sample.every, run.sample, run.sampled),
+            ):
+                if due(every, step) and not interrupt.alone() and (again or not done(step)):
+                    act(step, state.ema)
+                    meter.restart_clock()
+        except Stopped:
+            pass  # it is made up for when the run goes on
+        return interrupt.alone()
+
+    if start and report(start, again=False):  # the run was stopped between its checkpoint and what was due with it
+        return state, True
+    stopped = False
     with progress.bar(total=total, initial=start, desc="training", unit=" steps", disable=not run.primary) as bar:
         for step in range(start + 1, total + 1):
             batch = partition.put(next(run.batches), run.mesh)
@@ -215,13 +208,13 @@ def take_steps(
             meter.add(metrics)
             bar.update()
             stopped = interrupt.agreed(step, config.train.log_every)
-            saving = stopped or step == total or due(config.checkpoint.every, step)
-            if saving or step % config.train.log_every == 0:
-                log(step, late=not saving)  # a loss that is not finite ends the run here, before it is saved
-            if saving:
-                checkpoints.save(state, run.batches.get_state(), record)
-                meter.restart_clock()
+            if stopped or step == total or due(config.checkpoint.every, step):
+                save(step)
+            elif step % config.train.log_every == 0:
+                log(step)
+            if not stopped and report(step):
+                stopped = True
+                save(step)
             if stopped:
                 break
-            report(step)
-    return state
+    return state, stopped

@@ -1,7 +1,7 @@
 """What surrounds the loop: the data, the network, the devices of a run, and the folder in which it leaves its results.
 
 WORKDIR/config.json             every setting
-WORKDIR/metrics.jsonl           one line of numbers a logging step or evaluation
+WORKDIR/metrics.jsonl           one line of numbers a logging step or evaluation; the last of a step counts
 WORKDIR/tensorboard/            the same for TensorBoard
 WORKDIR/perplexity.png          held-out perplexity against steps
 WORKDIR/samples/STEP.txt        texts sampled during training
@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from ml_collections import ConfigDict
 from duo_jax import config as config_lib
 from duo_jax import progress, sampling
 from duo_jax.data import pipeline, prepare, tokenizers
+from duo_jax.data.packing import Store
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood, plots
 from duo_jax.models import network as network_lib
 from duo_jax.models.network import Network, Weights
 from duo_jax.training import checkpoint, partition, writers
+from duo_jax.training import workdir as workdir_lib
 
 # Token frequencies are settled long before a billion-token training set is read through.
 _UNIGRAM_ROWS = 100_000
@@ -52,10 +55,10 @@ def prepared(config: ConfigDict) -> Path:
     return prepare.prepare(config.data)
 
 
-def heldout(config: ConfigDict, folder: Path) -> pipeline.HeldoutBatches:
-    """Returns this process's share of the held-out batches that `config.eval` asks for."""
+def heldout(config: ConfigDict, text: Path | Store) -> pipeline.HeldoutBatches:
+    """Returns this process's share of the batches that `config.eval` asks for, of a folder of shards or a whole text."""
     return pipeline.heldout_batches(
-        folder,
+        text,
         length=config.model.length,
         batch_size=config.eval.batch_size,
         packing=config.data.packing,
@@ -65,8 +68,31 @@ def heldout(config: ConfigDict, folder: Path) -> pipeline.HeldoutBatches:
     )
 
 
+def measure(
+    weights: Any,
+    network: Network,
+    batches: pipeline.HeldoutBatches,
+    mesh: Mesh,
+    between: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> likelihood.Likelihood:
+    """Returns the likelihood of held-out batches, and shows how far it is.
+
+    Args:
+        weights: on the mesh.
+        network: theirs.
+        batches: of `heldout`.
+        mesh: the devices over which each is split.
+        between: goes through the batches, and may end the evaluation by what it raises.
+    """
+    shown = progress.passing(
+        between(batches), len(batches), "evaluating", unit=" batches", show=jax.process_index() == 0
+    )
+    return likelihood.evaluate(weights, network, shown, lambda batch: partition.put(batch, mesh), mesh=mesh)
+
+
 def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float]:
     """Returns the perplexities to compare with, of the same held-out tokens: of token frequencies, and of no knowledge."""
+    show = jax.process_index() == 0
     everything = pipeline.heldout_batches(
         folder,
         length=config.model.length,
@@ -74,9 +100,12 @@ def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float
         packing=config.data.packing,
         max_batches=config.eval.batches or None,
     )
-    counts = pipeline.unigram_counts(folder, config.model.length, config.data.packing, max_rows=_UNIGRAM_ROWS)
+    counts = pipeline.unigram_counts(
+        folder, config.model.length, config.data.packing, max_rows=_UNIGRAM_ROWS, verbose=show
+    )
     given = int(config.algo.name == "ar")  # its first token, BOS, is not predicted
-    return {"unigram": likelihood.unigram(counts, everything, given).ppl, "uniform": float(vocab_size)}
+    shown = progress.passing(everything, len(everything), "reading held-out rows", unit=" batches", show=show)
+    return {"unigram": likelihood.unigram(counts, shown, given).ppl, "uniform": float(vocab_size)}
 
 
 @dataclasses.dataclass
@@ -90,7 +119,7 @@ class Run:
     tokenizer: tokenizers.Tokenizer
     batches: pipeline.TrainIterator
     heldout: pipeline.HeldoutBatches
-    levels: dict[str, float]
+    levels: dict[str, float] = dataclasses.field(default_factory=dict)
     writer: writers.MultiWriter = dataclasses.field(default_factory=writers.MultiWriter)
 
     @classmethod
@@ -104,35 +133,37 @@ class Run:
         mesh = partition.create_mesh(config.mesh)
         partition.check_batch(mesh, "train.batch_size", config.train.batch_size)
         partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-        folder = prepared(config)
-        tokenizer = prepare.load_tokenizer(folder)
-        network = Network.from_config(config, tokenizer.vocab_size, tokenizer.mask_id)
-        batches = pipeline.train_iterator(
-            folder,
-            length=config.model.length,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            packing=config.data.packing,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.data.workers,
-        )
-        run = cls(
-            config=config,
-            workdir=Path(workdir).expanduser().resolve(),
-            mesh=mesh,
-            network=network,
-            tokenizer=tokenizer,
-            batches=batches,
-            heldout=heldout(config, folder),
-            levels=levels(config, folder, network.vocab_size),
-        )
-        try:
+        place = workdir_lib.check(workdir)
+        if config.init_from and not checkpoint.steps(place):
+            checkpoint.find(config.init_from)  # a slip of the pen shows now, not when the data are prepared
+        with workdir_lib.held(place), contextlib.ExitStack() as stack:
+            folder = prepared(config)
+            tokenizer = prepare.load_tokenizer(folder)
+            network = Network.from_config(config, tokenizer.vocab_size, tokenizer.mask_id)
+            batches = pipeline.train_iterator(
+                folder,
+                length=config.model.length,
+                batch_size=config.train.batch_size,
+                seed=config.seed,
+                packing=config.data.packing,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                workers=config.data.workers,
+            )
+            stack.callback(batches.close)
+            run = cls(
+                config=config,
+                workdir=place,
+                mesh=mesh,
+                network=network,
+                tokenizer=tokenizer,
+                batches=batches,
+                heldout=heldout(config, folder),
+            )
             run.sampler()  # a mistake in config.sample shows now, not at the first text
+            run.levels = levels(config, folder, network.vocab_size)
+            stack.callback(lambda: run.writer.close())
             yield run
-        finally:
-            run.writer.close()
-            batches.close()
 
     @property
     def primary(self) -> bool:
@@ -156,7 +187,7 @@ class Run:
             )
 
     def start_from(self) -> Weights | None:
-        """Returns the EMA weights of `config.init_from`, or None for fresh ones.
+        """Returns the weights of `config.init_from`, averaged ones where it has them, or None for fresh ones.
 
         Raises:
             UserError: they are of a network of another shape, or of other tokens.
@@ -177,7 +208,8 @@ class Run:
             raise UserError(
                 f"config.init_from = {self.config.init_from} does not fit the config: {'; '.join(different)}."
             )
-        self.say(f"Starting from the EMA weights in {self.config.init_from}.")
+        kind = {True: "EMA weights", False: "last weights", None: "weights"}[params.averaged]
+        self.say(f"Starting from the {kind} in {self.config.init_from}.")
         return partition.replicate(params.weights, self.mesh)
 
     def start(self, step: int, params: Any) -> None:
@@ -187,11 +219,11 @@ class Run:
         if not self.primary:
             return
         self.writer = writers.MultiWriter(
-            writers.JsonlWriter(self.workdir / "metrics.jsonl", step),
-            writers.TensorBoardWriter(self.workdir / "tensorboard", step),
+            writers.JsonlWriter(self.workdir / workdir_lib.METRICS, step),
+            writers.TensorBoardWriter(self.workdir / workdir_lib.TENSORBOARD, step),
         )
         self.writer.write_hparams(config_lib.flatten(config))
-        (self.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (self.workdir / workdir_lib.CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(self.workdir / checkpoint.TOKENIZER)
         devices = self.mesh.devices.flatten()
         self.say(
@@ -204,25 +236,35 @@ class Run:
         """Records numbers under a step."""
         self.writer.write_scalars(step, scalars)
 
-    def evaluated(self, step: int) -> bool:
-        """Whether the metrics have an evaluation of this step already, as after a resume."""
-        rows = writers.read_jsonl(self.workdir / "metrics.jsonl")
-        return any(row["step"] == step and "heldout/ppl" in row for row in rows)
+    def evaluation(self, step: int) -> dict[str, Any] | None:
+        """Returns the evaluation of a step that the metrics have already, as after a resume."""
+        rows = writers.read_jsonl(self.workdir / workdir_lib.METRICS)
+        found = [row for row in rows if row["step"] == step and "heldout/nll" in row]
+        return found[-1] if found else None
 
-    def evaluate(self, step: int, ema: Any) -> likelihood.Likelihood:
-        """Measures held-out likelihood with the averaged weights, records it and draws the picture anew."""
-        result = likelihood.evaluate(
-            ema, self.network, self.heldout, lambda batch: partition.put(batch, self.mesh), mesh=self.mesh
-        )
-        scalars = {"heldout/nll": result.nll, "heldout/bpd": result.bpd, "heldout/ppl": result.ppl}
-        if not self.evaluated(step):
-            self.write(step, scalars | {f"heldout/{name}_ppl": level for name, level in self.levels.items()})
+    def evaluated(self, step: int) -> bool:
+        """Whether the metrics have an evaluation of this step."""
+        return self.evaluation(step) is not None
+
+    def evaluate(
+        self, step: int, ema: Any, between: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    ) -> likelihood.Likelihood:
+        """Measures held-out likelihood with the averaged weights, records it and draws the picture anew.
+
+        `between` is that of `measure`.
+        """
+        result = measure(ema, self.network, self.heldout, self.mesh, between)
+        before = self.evaluation(step)
+        if before is None or not math.isclose(before["heldout/nll"], result.nll, rel_tol=1e-6):  # of other batches
+            scalars = {"nll": result.nll, "bpd": result.bpd, "ppl": result.ppl, "tokens": result.tokens}
+            scalars |= {f"{name}_ppl": level for name, level in self.levels.items()}
+            self.write(step, {f"heldout/{name}": value for name, value in scalars.items()})
         self.say(f"step {step:,}: held-out {describe(result, self.levels)}")
         if self.primary:
             self.writer.flush()
-            rows = writers.read_jsonl(self.workdir / "metrics.jsonl")
+            rows = writers.read_jsonl(self.workdir / workdir_lib.METRICS)
             curves = [
-                [(row["step"], value(row)) for row in rows if name in row]
+                list({row["step"]: value(row) for row in rows if name in row}.items())  # the last of a step
                 for name, value in (
                     ("heldout/ppl", lambda row: row["heldout/ppl"]),
                     ("train/loss", lambda row: float(np.exp(min(row["train/loss"], 20.0)))),
@@ -232,7 +274,7 @@ class Run:
             end = self.config.algo.curriculum.end
             in_sight = self.network.algo == "duo" and 0 < end < self.config.train.steps
             marks = {"end of the curriculum": end} if in_sight else {}
-            plots.perplexity(self.workdir / "perplexity.png", *curves, self.levels, title, marks)
+            plots.perplexity(self.workdir / workdir_lib.PICTURE, *curves, self.levels, title, marks)
         return result
 
     def sampler(self) -> tuple[sampling.Settings, sampling.prompts.Known]:
@@ -254,12 +296,21 @@ class Run:
         # An autoregressive text begins with BOS, as does one with a prompt.
         known = sampling.prompts.known(
             self.tokenizer,
-            (config.batch_size, config.length or self.network.length),
+            (config.batch_size, self.network.length if config.length is None else config.length),
             prompt=config.prompt or ("" if self.network.algo == "ar" and not config.infill else None),
             infill=config.infill or None,
         )
         sampling.texts.check_known(*known, self.network)
+        sampling.texts.window(self.network, known[0].shape[1], config.stride or None)
         return settings, known
+
+    def _texts(self, step: int) -> Path:
+        """Where a step's texts are kept."""
+        return self.workdir / workdir_lib.SAMPLES / f"{step:08d}.txt"
+
+    def sampled(self, step: int) -> bool:
+        """Whether texts of this step were written."""
+        return self._texts(step).exists()
 
     def sample(self, step: int, ema: Any) -> str:
         """Samples texts with the averaged weights, keeps them in a file, and returns the first."""
@@ -279,9 +330,9 @@ class Run:
         texts = [self.tokenizer.decode(row) for row in tokens]
         whole = "\n\n".join(f"--- {i + 1} ---\n{text}" for i, text in enumerate(texts)) + "\n"
         if self.primary:
-            folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            (folder / f"{step:08d}.txt").write_text(whole, encoding="utf-8")
+            path = self._texts(step)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(whole, encoding="utf-8")
             self.writer.write_texts(step, {"samples": whole})
         self.say(f"step {step:,}: {settings.n_steps}-step sample: {' '.join(texts[0].split())[:160]} ...")
         return texts[0]
@@ -296,8 +347,8 @@ class Run:
         self.say(
             f"\nDone: {step:,} steps, {step - self._first:,} of them now in {seconds / 60:.1f} min{rate}.\n"
             f"  held-out   {describe(result, self.levels)}\n"
-            f"  plot       {self.workdir / 'perplexity.png'}\n"
-            f"  samples    {self.workdir / 'samples'}\n"
+            f"  plot       {self.workdir / workdir_lib.PICTURE}\n"
+            f"  samples    {self.workdir / workdir_lib.SAMPLES}\n"
             f"  checkpoint {self.workdir / checkpoint.FOLDER / str(step)}\n"
             f"\nA text of {self.config.sample.n_steps} steps:\n\n{text}\n"
         )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from small_text import data_config, make_texts
 
+from duo_jax import files
 from duo_jax.data import prepare, shards, sources
 from duo_jax.errors import UserError
 
@@ -237,7 +238,7 @@ def test_leftovers_of_other_preparations(data, tmp_path):
     dead, alive = tmp_path / ".wiki-bpe999.partial", tmp_path / ".wiki-bpe888.partial"
     dead.mkdir()
     alive.mkdir()
-    lock = prepare._acquire(tmp_path / ".wiki-bpe888.lock", block=False)
+    lock = files.acquire(tmp_path / ".wiki-bpe888.lock", block=False)
     folder = prepare.prepare(copy(data, dir=str(tmp_path)), verbose=False)
     lock.close()
     assert sorted(os.listdir(tmp_path)) == [".wiki-bpe888.lock", alive.name, folder.name]

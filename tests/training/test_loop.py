@@ -13,7 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import ROOT, command, make_config, run, tiny_settings, trained_settings
 
+from duo_jax import progress
 from duo_jax.errors import UserError
+from duo_jax.evaluation import plots
 from duo_jax.training import checkpoint, loop, writers
 
 
@@ -112,8 +114,9 @@ def test_sigterm_saves_and_leaves_in_good_order(text_folder, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == 128 + signal.SIGTERM, err
     assert "Stopped by SIGTERM at step" in out
+    assert out.count("SIGTERM: saves") == 1
     assert "Traceback" not in err
     saved = checkpoint.find(tmp_path)[1]
     assert f"step {saved:,}" in out
@@ -122,8 +125,8 @@ def test_sigterm_saves_and_leaves_in_good_order(text_folder, tmp_path):
 
 
 def test_another_runs_checkpoint_is_refused(trained, text_folder):
-    settings = {**tiny_settings(text_folder), "model.dim": 64, "train.lr": 1e-3}
-    with pytest.raises(UserError, match=r"model\.dim was 32, is 64; config\.train\.lr was 0\.003, is 0\.001"):
+    settings = {**tiny_settings(text_folder), "model.dim": 64, "train.ema": 0.5}
+    with pytest.raises(UserError, match=r"model\.dim was 32, is 64; config\.train\.ema was 0\.9, is 0\.5"):
         loop.train(make_config(settings), str(trained))
 
 
@@ -134,6 +137,48 @@ def test_a_finished_run_reports_again_and_changes_nothing(trained, text_folder, 
     assert "Done: 20 steps, 0 of them now" in capsys.readouterr().out
     assert_same_state(trained, copy, 20)
     assert (copy / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_evaluated_on_other_batches_records_it(trained, text_folder, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "perplexity", lambda path, heldout, *_: drawn.append(heldout))
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    loop.train(make_config({**trained_settings(text_folder), "eval.batches": 2}), str(copy))
+    rows = [row for row in writers.read_jsonl(copy / "metrics.jsonl") if "heldout/ppl" in row]
+    assert [row["step"] for row in rows] == [10, 20, 20]
+    assert rows[2]["heldout/tokens"] < rows[1]["heldout/tokens"]
+    assert f"PPL {rows[2]['heldout/ppl']:.2f}" in capsys.readouterr().out
+    assert drawn == [[(10, rows[0]["heldout/ppl"]), (20, rows[2]["heldout/ppl"])]]
+
+
+def test_the_learning_rate_may_change_on_resuming(trained, text_folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    settings = {**trained_settings(text_folder), "train.steps": 22, "train.lr": 1e-3, "train.warmup": 2}
+    loop.train(make_config(settings), str(copy))
+    told = "From here on config.train.lr was 0.003, is 0.001; config.train.warmup was 5, is 2."
+    assert told in capsys.readouterr().out
+    loop.train(make_config({**settings, "train.steps": 23}), str(copy))
+    assert "From here on" not in capsys.readouterr().out
+
+
+def test_texts_that_cannot_be_sampled_are_refused_before_training(text_folder, tmp_path):
+    settings = {**tiny_settings(text_folder), "sample.length": 40, "sample.stride": 31}
+    with pytest.raises(UserError, match="stride is 31; it must be from 1 to 30"):
+        loop.train(make_config(settings), str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="stride is for texts longer than"):
+        loop.train(make_config({**settings, "sample.length": 20}), str(tmp_path))
+
+
+def test_what_takes_long_is_shown(trained, text_folder, tmp_path, monkeypatch):
+    shown, passing = [], progress.passing
+    monkeypatch.setattr(progress, "passing", lambda *args, **kwargs: shown.append(args[2]) or passing(*args, **kwargs))
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    loop.train(make_config(trained_settings(text_folder)), str(copy))
+    assert shown == ["counting tokens", "reading held-out rows", "evaluating"]
 
 
 def test_what_was_due_with_the_last_checkpoint_is_done_on_resuming(trained, text_folder, tmp_path):

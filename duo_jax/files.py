@@ -1,0 +1,97 @@
+"""Files that processes share: locks, and whether something can be written before hours of work are put into it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from duo_jax.errors import UserError
+
+# What some networks' disks answer where a lock is asked for.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turns the disk's errors inside into one sentence about `path`, a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}; put that right, or use another --workdir (to evaluate or "
+            "sample, a copy of this one)."
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Makes a folder if need be.
+
+    Raises:
+        UserError: it cannot be made, or no file can be written in it.
+    """
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # permissions do not tell of a read-only or a remote disk
+
+
+def check_file(path: Path) -> None:
+    """Leaves a file as it is, or as it is not yet.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    check_folder(path.parent)
+    with written(path):
+        if path.exists():
+            path.open("r+b").close()
+
+
+def acquire(path: Path, *, block: bool) -> IO[str] | None:
+    """Returns the locked file, made if need be, or None where another process has the lock and `block` is not set.
+
+    Closing the file, or the end of the process, releases it.
+    """
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
+            # Whoever held the lock before may have removed its file, and then this is a lock on nothing.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return file  # no protection, as before there were locks, rather than no work
+            file.close()
+            raise
+        file.close()
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock, and removes its file at the end; the kernel releases it however the process ends.
+
+    Args:
+        path: the lock's file.
+        busy: called where another process has the lock; if it returns, that process is waited for.
+    """
+    file = acquire(path, block=False)
+    if file is None:
+        busy()
+        file = acquire(path, block=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if file is not None:
+            file.close()

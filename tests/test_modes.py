@@ -1,0 +1,72 @@
+"""The modes eval and sample: where their results lie, and that nothing is computed which cannot be kept."""
+
+import json
+import shutil
+import types
+
+import pytest
+from helpers import make_config, trained_settings
+
+from duo_jax import api, files, modes
+from duo_jax.errors import UserError
+from duo_jax.training import run as run_lib
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def work(*_, **__):
+    raise AssertionError("the work was begun")
+
+
+def test_a_checkpoints_evaluation_lies_in_its_runs_folder(copy, text_folder):
+    config = make_config({**trained_settings(text_folder), "mode": "eval", "eval.batches": 3})
+    before = sorted((copy / "checkpoints").rglob("*"))
+    modes.run(config, str(copy / "checkpoints" / "15"))
+    report = json.loads((copy / "eval.json").read_text())
+    assert (report["step"], report["batches"], report["batch_size"]) == (15, 3, 16)
+    assert sorted((copy / "checkpoints").rglob("*")) == before
+
+
+def test_samples_are_not_overwritten(copy, text_folder, capsys):
+    first, second = (
+        make_config({**trained_settings(text_folder), "mode": "sample", "sample.seed": seed}) for seed in (1, 2)
+    )
+    modes.run(first, str(copy))
+    kept = (copy / "samples.jsonl").read_bytes()
+    for number in (2, 3):
+        modes.run(second, str(copy / "checkpoints" / "20"))
+        assert f"written to {copy / f'samples-{number}.jsonl'}." in capsys.readouterr().out
+    assert (copy / "samples.jsonl").read_bytes() == kept
+    assert len((copy / "samples-3.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(copy, text_folder, monkeypatch):
+    (copy / "eval.json").mkdir()
+    monkeypatch.setattr(run_lib, "measure", work)
+    with pytest.raises(UserError, match=r"eval\.json cannot be written: Is a directory"):
+        modes.run(make_config({**trained_settings(text_folder), "mode": "eval"}), str(copy))
+
+
+def test_samples_that_cannot_be_written_are_refused_before_the_work(copy, text_folder, monkeypatch):
+    def fails(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", fails)
+    monkeypatch.setattr(api, "sample", work)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        modes.run(make_config({**trained_settings(text_folder), "mode": "sample"}), str(copy))
+
+
+def test_figures_are_printed_before_they_are_written(copy, text_folder, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(modes, "json", types.SimpleNamespace(dumps=full))
+    for mode, printed in (("eval", "PPL "), ("sample", "--- 1 (unigram entropy")):
+        with pytest.raises(UserError, match="cannot be written: No space left"):
+            modes.run(make_config({**trained_settings(text_folder), "mode": mode}), str(copy))
+        assert printed in capsys.readouterr().out

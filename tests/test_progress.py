@@ -1,0 +1,39 @@
+"""Bars within bars, on a terminal and in a log file."""
+
+import io
+import sys
+
+from duo_jax import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_log_has_whole_lines(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with progress.bar(total=3, desc="outer") as outer:
+        inner = progress.passing([1, 2], 2, "inner", unit=" things", show=True)
+        for _ in inner:
+            inner.refresh()
+            outer.refresh()
+    lines = log.getvalue().splitlines()
+    assert {line.split(":")[0] for line in lines} == {"outer", "inner"}
+    assert all(line.isascii() and line.isprintable() for line in lines)
+
+
+def test_a_passing_bar_has_a_line_of_its_own_and_leaves_none(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress.bar(total=3, desc="outer") as outer:
+        inner = progress.passing([1], 1, "inner", unit=" things", show=True)
+        assert abs(inner.pos) != abs(outer.pos)
+        assert list(inner) == [1]
+        assert "inner" not in sys.stderr.getvalue(), "what takes less than a second needs no bar"
+
+
+def test_other_processes_are_quiet(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(progress.passing([1, 2], 2, "inner", unit=" things", show=False)) == [1, 2]
+    assert sys.stderr.getvalue() == ""

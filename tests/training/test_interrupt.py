@@ -1,0 +1,72 @@
+"""Signals: told at once, and an evaluation or a sample is not in their way."""
+
+import hashlib
+import os
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+from helpers import make_config, trained_settings
+
+from duo_jax import progress
+from duo_jax.evaluation import likelihood
+from duo_jax.sampling import texts
+from duo_jax.training import checkpoint, interrupt, loop, writers
+
+
+def test_a_signal_is_told_while_something_is_computed(monkeypatch):
+    said = []
+    monkeypatch.setattr(progress, "say", lambda text: said.append((time.monotonic(), text)))
+    with interrupt.Interrupt().watch() as watched:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # no Python, and so no handler of a signal, before its end
+        ended = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+    ((told, text),) = said
+    assert told < ended
+    assert text.startswith("SIGTERM: saves")
+    assert watched.number == signal.SIGTERM
+    assert watched.alone()
+
+
+def test_a_second_ctrl_c_means_now():
+    with interrupt.Interrupt().watch():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("module", "name", "calls"), [(likelihood, "nll_sum", 2), (texts, "sample", 1)])
+def test_an_evaluation_or_sample_gives_way(trained, text_folder, tmp_path, monkeypatch, capsys, module, name, calls):
+    copy, count, real = tmp_path / "copy", 0, getattr(module, name)
+    shutil.copytree(trained, copy)
+    rows = len(writers.read_jsonl(copy / "metrics.jsonl"))
+
+    def signalled(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    settings = {**trained_settings(text_folder), "train.steps": 26, "checkpoint.every": 1000}
+    settings |= {"eval.every": 24, "sample.every": 24}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, signalled)
+        assert loop.train(make_config(settings), str(copy)) == signal.SIGTERM
+    assert count == calls, "the evaluation has four batches"
+    assert checkpoint.find(copy)[1] == 24, "saved where it was, not a step further"
+    printed = capsys.readouterr().out
+    assert printed.count("SIGTERM: saves") == 1
+    assert "Stopped by SIGTERM at step 24 and saved." in printed
+    evaluated = [row["step"] for row in writers.read_jsonl(copy / "metrics.jsonl")[rows:] if "heldout/ppl" in row]
+    assert evaluated == ([] if name == "nll_sum" else [24])
+    assert (copy / "samples" / "00000024.txt").exists() == (name == "sample")
+
+    assert loop.train(make_config(settings), str(copy)) is None
+    evaluated = [row["step"] for row in writers.read_jsonl(copy / "metrics.jsonl")[rows:] if "heldout/ppl" in row]
+    assert evaluated == [24, 26]
+    assert capsys.readouterr().out.count("step 24: 4-step sample") == (name == "nll_sum")
+    assert (copy / "samples" / "00000024.txt").exists()
