@@ -36,7 +36,8 @@ def test_float16_learns_as_float32_does():
         losses[precision] = np.array(rows)
     np.testing.assert_allclose(losses["float16"][:5], losses["float32"][:5], rtol=2e-3)
     np.testing.assert_allclose(losses["float16"][-10:].mean(), losses["float32"][-10:].mean(), rtol=0.05)
-    assert losses["float16"][-10:].mean() < 0.7 * losses["float16"][0]
+    # A time near 0 makes a loss of many times the others.
+    assert np.median(losses["float16"][-10:]) < 0.7 * losses["float16"][0]
 
 
 def test_an_overflow_changes_only_the_scale():
