@@ -31,6 +31,17 @@ def test_load_finds_what_a_path_means(trained, params):
     assert len(jax.tree.leaves(params)) == len(jax.tree.leaves(params.weights))
 
 
+def test_the_network_that_comes_with_the_package(tmp_path, monkeypatch):
+    """It has learnt English letters, far below the nats of knowing nothing, and is found from any folder."""
+    monkeypatch.chdir(tmp_path)
+    params = duo_jax.load("quickstart")
+    assert params.averaged
+    assert params.network.vocab_size == 300
+    score = duo_jax.score(params, "The history of the town begins in the early years of the century. " * 20, n_samples=4)
+    assert score.nll + 5 * score.stderr < 0.75 * np.log(300)
+    assert duo_jax.sample(params, n_steps=2).tokens.shape == (1, 64)
+
+
 def test_a_path_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(duo_jax.UserError, match="does not exist"):
         duo_jax.load(tmp_path / "nothing")
