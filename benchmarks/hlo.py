@@ -11,6 +11,8 @@ from collections.abc import Iterator
 # What costs nothing by itself.
 _FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "opt-barrier", "partition-id"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
+# What needs the whole of its operands for any entry of its result; all else is taken to go entry by entry.
+_WHOLE = {"dot", "convolution", "reduce", "reduce-window", "scatter", "sort", "custom-call", "cholesky", "fft", "while"}
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 
@@ -163,7 +165,12 @@ class Program:
             return 2 * full[1], 0.0
         if it.op in _SLICES:
             return 2 * size(it.type), 0.0
-        return sum(full) + size(it.type), self._flops(it, inside)
+        if it.op.endswith("-start"):  # its type has its operands beside its results
+            return 2 * sum(full), 0.0
+        written = it.type
+        if it.op == "custom-call":  # a library's workspace is bytes without a type, which it may leave alone
+            written = re.sub(r"[su]8\[\d+\]", "", written)
+        return sum(full) + size(written), self._flops(it, inside)
 
     def _read(self, computation: str, index: int) -> float:
         """Returns the share that a fusion reads of one operand: of what is only sliced, the slices."""
@@ -183,7 +190,7 @@ class Program:
                     continue
                 if user.op == "fusion":
                     needed += whole * self._read(user.callee, place)
-                elif (user.op in _SLICES and place == 0) or entries(user.type) == whole:
+                elif (user.op in _SLICES and place == 0) or (user.op not in _WHOLE and entries(user.type) == whole):
                     needed += self._entries(computation, user)
                 else:
                     needed += whole

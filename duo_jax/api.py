@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -212,7 +213,6 @@ def sample(
         guided=guidance != 1.0,
         early_stop=early_stop,
         trajectory=trajectory,
-        tells=progress and mesh is None and jax.local_device_count() == 1,
     )
     tokenizer = tokenizer_of(params.tokenizer)
     shape = (batch_size, length)
@@ -239,25 +239,28 @@ def sample(
     finished = 0
 
     def planned(steps: int) -> None:
-        bar.total = steps if settings.tells else batch_size
+        bar.total = steps if tells else batch_size
 
     def done(texts: sampling.texts.Texts) -> None:
         nonlocal finished
         finished += len(texts.tokens)
         if each is not None:
             each(samples(texts))
-        if not settings.tells:
+        if not tells:
             bar.update(len(texts.tokens))
         elif finished < batch_size:
             bar.set_postfix_str(f"{finished:,} of {batch_size:,} texts", refresh=False)
 
-    unit = " steps" if settings.tells else " texts"
-    bar = progress_lib.bar(total=0, desc="sampling", unit=unit, disable=not progress)
-    with bar, progress_lib.listening(bar.update):
+    with contextlib.ExitStack() as stack:
+        tells = stack.enter_context(progress_lib.turn(progress and mesh is None and jax.local_device_count() == 1))
+        unit = " steps" if tells else " texts"
+        bar = stack.enter_context(progress_lib.bar(total=0, desc="sampling", unit=unit, disable=not progress))
+        if tells:
+            progress_lib.hear(bar.update)
         texts = sampling.texts.sample(
             params.weights,
             network,
-            settings,
+            dataclasses.replace(settings, tells=tells),
             jax.random.key(seed),
             known,
             # One type, whatever was given: 1 and 1.0 would be two programs.
@@ -270,7 +273,7 @@ def sample(
             planned=planned,
             done=done,
         )
-        if settings.tells:
+        if tells:
             jax.effects_barrier()
     return samples(texts)
 

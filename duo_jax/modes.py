@@ -99,22 +99,35 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     progress.say(f"{workdir} at step {step:,}, {result.tokens:,} {what}:")
     progress.say(f"  {run_lib.describe(result, levels)}")
     report = {"step": step, "nll": result.nll, "bpd": result.bpd, "ppl": result.ppl, "tokens": result.tokens}
-    report |= {f"{name}_ppl": level for name, level in levels.items()}
+    report |= {f"{name}_ppl": level for name, level in levels.items()} | {"batch_size": config.eval.batch_size}
     with files.written(path):
         if config.eval.path:
-            about = {key: config.eval[key] for key in ("path", "detokenizer", "document_ends")}
+            about = {key: config.eval[key] for key in ("path", "field", "detokenizer", "document_ends")}
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(about | {"packing": config.data.packing} | report) + "\n")
         else:
-            report |= {"batches": config.eval.batches, "batch_size": config.eval.batch_size}
+            report |= {"batches": config.eval.batches}
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     progress.say(f"  written to {path}")
 
 
 def _new(folder: Path, stem: str, suffix: str) -> Path:
-    """Returns the first of STEM.SUFFIX, STEM-2.SUFFIX, STEM-3.SUFFIX, ... that is not there yet."""
+    """Makes the first of STEM.SUFFIX, STEM-2.SUFFIX, STEM-3.SUFFIX, ... that is not there yet, empty, and returns it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     names = itertools.chain([f"{stem}{suffix}"], (f"{stem}-{i}{suffix}" for i in itertools.count(2)))
-    return next(folder / name for name in names if not (folder / name).exists())
+    while True:
+        path = folder / next(names)
+        try:
+            with files.written(path):
+                path.open("x").close()  # so that no job that starts now takes the same
+        except UserError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+        else:
+            return path
 
 
 def sample(config: ConfigDict, workdir: str) -> None:
@@ -124,8 +137,9 @@ def sample(config: ConfigDict, workdir: str) -> None:
     checkpoint, that of its run is written to.
     """
     params = _load(config, workdir)
-    path = _new(checkpoint.find(workdir)[0], "samples", ".jsonl")
-    files.check_file(path)
+    home = checkpoint.find(workdir)[0]
+    files.check_folder(home)
+    path = home / "samples.jsonl" if jax.process_index() else _new(home, "samples", ".jsonl")
     chosen = config.sample
     psi = sampling.Psi.from_config(chosen)
     settings = {name: chosen[name] for name in _SAMPLE} | {
@@ -160,7 +174,13 @@ def sample(config: ConfigDict, workdir: str) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     number = chosen.num or chosen.batch_size
-    result = api.sample(params, batch_size=number, psi=psi, progress=True, mesh=mesh, each=show_and_write, **settings)
+    try:
+        result = api.sample(
+            params, batch_size=number, psi=psi, progress=True, mesh=mesh, each=show_and_write, **settings
+        )
+    finally:
+        if not jax.process_index() and not path.stat().st_size:
+            path.unlink()  # nothing came of it
     if jax.process_index():
         return
     shown = f" (the first {_SHOWN} above)" if len(result.text) > _SHOWN else ""

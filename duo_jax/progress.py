@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
@@ -48,22 +49,35 @@ def passing(items: Iterable[Any], total: int, what: str, *, unit: str, show: boo
     return bar(iterable=items, total=total, desc=what, unit=unit, leave=False, delay=1, disable=not show)
 
 
-_listeners: list[Callable[[], Any]] = []
+_turn = threading.Lock()
+_listener: Callable[[], Any] | None = None
 
 
 @contextlib.contextmanager
-def listening(listener: Callable[[], Any]) -> Iterator[None]:
-    """Calls the listener at each step of the programs that run in this block, if they were compiled to tell of them."""
-    _listeners.append(listener)
+def turn(wanted: bool) -> Iterator[bool]:
+    """Gives whether this block's programs may tell of their steps, if that is wanted: those of one block at a time may.
+
+    All of them call the same function, which could not say whose step it was.
+    """
+    global _listener
+    mine = wanted and _turn.acquire(blocking=False)
     try:
-        yield
+        yield mine
     finally:
-        _listeners.remove(listener)
+        if mine:
+            _listener = None
+            _turn.release()
+
+
+def hear(listener: Callable[[], Any]) -> None:
+    """Has the listener called at each step from now on; of the block whose turn it is."""
+    global _listener
+    _listener = listener
 
 
 def tell_of_step(*_: Any) -> None:
     """What a program that tells of its steps calls back, with an array that the step has made."""
-    for listener in _listeners:
+    if (listener := _listener) is not None:
         listener()
 
 

@@ -9,7 +9,10 @@ trap 'exit 143' TERM
 
 duo() { .venv/bin/python -m duo_jax.main --config=configs/quickstart.py --workdir="${WORKDIR:-runs/quickstart}" "$@"; }
 
-.venv/bin/python -m duo_jax.data.prepare --config=configs/quickstart.py "$@"
+settings=() # the flags without the one that preparing the data does not know
+for flag in "$@"; do [[ $flag == --workdir=* ]] || settings+=("$flag"); done
+
+.venv/bin/python -m duo_jax.data.prepare --config=configs/quickstart.py "${settings[@]}"
 duo "$@"
 duo "$@" --config.mode=eval
 duo "$@" --config.mode=sample

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -37,7 +38,9 @@ def test_the_network_that_comes_with_the_package(tmp_path, monkeypatch):
     params = duo_jax.load("quickstart")
     assert params.averaged
     assert params.network.vocab_size == 300
-    score = duo_jax.score(params, "The history of the town begins in the early years of the century. " * 20, n_samples=4)
+    score = duo_jax.score(
+        params, "The history of the town begins in the early years of the century. " * 20, n_samples=4
+    )
     assert score.nll + 5 * score.stderr < 0.75 * np.log(300)
     assert duo_jax.sample(params, n_steps=2).tokens.shape == (1, 64)
 
@@ -98,7 +101,21 @@ def test_progress_counts_steps(params, kwargs, steps, monkeypatch, capsys):
     assert (bar.n, bar.total, bar.unit) == (steps, steps, " steps")
     assert "sampling" in capsys.readouterr().err
     np.testing.assert_array_equal(told.tokens, duo_jax.sample(params, **kwargs).tokens)
-    assert not duo_jax.api.progress_lib._listeners
+
+
+def test_progress_of_samplers_within_and_beside_each_other(params, monkeypatch):
+    """Each bar comes to its own end: the first counts its steps, those that begin before it has ended count texts."""
+    bars = []
+    plain = duo_jax.api.progress_lib.bar
+    monkeypatch.setattr(duo_jax.api.progress_lib, "bar", lambda **given: bars.append(plain(**given)) or bars[-1])
+    inner = {"n_steps": 2, "progress": True}
+    duo_jax.sample(
+        params, 3, batch_size=2, rows_at_once=1, progress=True, each=lambda _: duo_jax.sample(params, **inner)
+    )
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda seed: duo_jax.sample(params, seed=seed, **inner), range(4)))
+    assert [(bar.n, bar.total, bar.unit) for bar in bars[:3]] == [(8, 8, " steps"), *[(1, 1, " texts")] * 2]
+    assert all(bar.n == bar.total == (3 if bar.unit == " steps" else 1) for bar in bars[3:])
 
 
 @pytest.mark.parametrize(

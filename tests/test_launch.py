@@ -38,3 +38,9 @@ def test_settings_of_the_quickstart_reach_every_command(launch):
     commands = [line for line in launch("quickstart.sh", *flags) if line.startswith("-m duo_jax")]
     assert [line.split()[1] for line in commands] == ["duo_jax.data.prepare", *["duo_jax.main"] * 3]
     assert all(" ".join(flags) in line for line in commands)
+
+
+def test_a_workdir_of_the_quickstart_is_not_for_its_data(launch):
+    prepare, *others = [line for line in launch("quickstart.sh", "--workdir=x") if line.startswith("-m duo_jax")]
+    assert "--workdir" not in prepare
+    assert all(line.split()[-1] == "--workdir=x" or "--workdir=x " in line for line in others)

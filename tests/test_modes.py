@@ -44,6 +44,18 @@ def test_samples_are_not_overwritten(copy, text_folder, capsys):
     assert len((copy / "samples-3.jsonl").read_text().splitlines()) == 2
 
 
+def test_samples_of_two_jobs_that_start_together(tmp_path):
+    names = [modes._new(tmp_path, "samples", ".jsonl").name for _ in range(3)]
+    assert names == ["samples.jsonl", "samples-2.jsonl", "samples-3.jsonl"]
+
+
+def test_samples_that_were_refused_leave_nothing(copy, text_folder):
+    config = make_config({**trained_settings(text_folder), "mode": "sample", "sample.prompt": "a" * 500})
+    with pytest.raises(UserError):
+        modes.run(config, str(copy))
+    assert not list(copy.glob("samples*.jsonl"))
+
+
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(copy, text_folder, monkeypatch):
     (copy / "eval.json").mkdir()
     monkeypatch.setattr(run_lib, "measure", work)

@@ -4,7 +4,18 @@
 """
 
 from duo_jax.convert.arrays import from_torch, to_torch
-from duo_jax.convert.files import check_new, is_folder, local, read, step, write
+from duo_jax.convert.files import check_new, is_folder, local, place, read, step, write
 from duo_jax.convert.lightning import write_lightning
 
-__all__ = ["check_new", "from_torch", "is_folder", "local", "read", "step", "to_torch", "write", "write_lightning"]
+__all__ = [
+    "check_new",
+    "from_torch",
+    "is_folder",
+    "local",
+    "place",
+    "read",
+    "step",
+    "to_torch",
+    "write",
+    "write_lightning",
+]

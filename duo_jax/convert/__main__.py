@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         convert.check_new(args.to)  # before minutes are spent on reading
     asked = {name: getattr(args, name) for name in ("algo", "heads", "length", "tokenizer")}
     params = api.load(args.source, ema=args.ema, **asked)
-    folder = convert.local(args.source)
+    folder = convert.place(args.source)
     step = checkpoint.find(folder)[1] if folder.is_dir() else 0
     api.export(params, args.to, step=step)
     net = params.network

@@ -52,6 +52,17 @@ def local(path: str | Path) -> Path:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
+def place(path_or_name: str | Path) -> Path:
+    """Returns the path that is meant: itself, or that of the network of this name that comes with the package.
+
+    Raises:
+        UserError: it cannot be looked at.
+    """
+    path = local(path_or_name)
+    shipped = SHIPPED / str(path_or_name)
+    return shipped if not path.exists() and (shipped / _WEIGHTS).is_file() else path
+
+
 def is_folder(path: str | Path) -> bool:
     """Whether a path is a folder of weights and their config, ours or from the hub."""
     path = local(path)
@@ -148,9 +159,7 @@ def _fetched(name: str) -> Path:
 
 def _open(path_or_name: str | Path) -> tuple[Path, Path]:
     """Returns the file of weights that a path or a hub id means, and the folder of its config."""
-    path = local(path_or_name)
-    if not path.exists() and (SHIPPED / str(path_or_name) / _WEIGHTS).is_file():
-        path = SHIPPED / str(path_or_name)
+    path = place(path_or_name)
     if not path.exists():
         # What looks like a place here is a slip of the pen, not a model of the hub.
         here = path.suffix in (*_PICKLED, ".safetensors") or path.parent.is_dir()

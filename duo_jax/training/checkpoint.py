@@ -33,6 +33,11 @@ FOLDER = "checkpoints"
 TOKENIZER = "tokenizer"
 FORMAT = 1
 
+# What a disk says that may be read at another time, or by another user.
+_PASSING = (
+    errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE
+)  # fmt: skip
+
 
 def _full_disk(error: BaseException) -> bool:
     """Whether an error, or one that it wraps, says that the disk is full."""
@@ -76,6 +81,10 @@ def _readable(folder: Path) -> Iterator[None]:
         if not _of_orbax(error):
             raise
         reason = " ".join(str(error.__cause__ or error).split())[:120]
+        if any(getattr(seen, "errno", None) in _PASSING for seen in (error, error.__cause__)):
+            raise UserError(
+                f"{folder} cannot be read: {reason}; put that right, and run the same command again."
+            ) from error
         raise UserError(
             f"{folder} is damaged ({reason}); remove it, and the checkpoint before it will be used."
         ) from error

@@ -56,13 +56,13 @@ def prepared(config: ConfigDict) -> Path:
 
 
 def heldout(config: ConfigDict, text: Path | Store) -> pipeline.HeldoutBatches:
-    """Returns this process's share of the batches that `config.eval` asks for, of a folder of shards or a whole text."""
+    """Returns this process's share of the batches that `config.eval` asks for of a folder of shards, or of a whole text."""
     return pipeline.heldout_batches(
         text,
         length=config.model.length,
         batch_size=config.eval.batch_size,
         packing=config.data.packing,
-        max_batches=config.eval.batches or None,
+        max_batches=config.eval.batches or None if isinstance(text, Path) else None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -225,6 +225,9 @@ class Run:
         self.writer.write_hparams(config_lib.flatten(config))
         (self.workdir / workdir_lib.CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(self.workdir / checkpoint.TOKENIZER)
+        for path in (self.workdir / workdir_lib.SAMPLES).glob("*.txt"):
+            if path.stem.isdigit() and int(path.stem) > step:
+                path.unlink()  # of steps that are taken anew, like the metrics of these
         devices = self.mesh.devices.flatten()
         self.say(
             f"Training {net.algo}, {network_lib.count(params) / 1e6:.2f}M parameters (D = {net.dim}, {net.blocks} blocks, "
@@ -332,7 +335,9 @@ class Run:
         if self.primary:
             path = self._texts(step)
             path.parent.mkdir(exist_ok=True)
-            path.write_text(whole, encoding="utf-8")
+            aside = path.with_suffix(".tmp")  # a text that is there is whole
+            aside.write_text(whole, encoding="utf-8")
+            aside.replace(path)
             self.writer.write_texts(step, {"samples": whole})
         self.say(f"step {step:,}: {settings.n_steps}-step sample: {' '.join(texts[0].split())[:160]} ...")
         return texts[0]

@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, of other hardware, or of another version."""
 
 import dataclasses
+import errno
 import shutil
 
 import jax
@@ -91,6 +92,24 @@ def test_a_damaged_checkpoint_gets_one_line(trained, text_folder, tmp_path, lost
     assert result.returncode == 2
     (line,) = (line for line in result.stderr.splitlines() if not line.startswith("attention: "))
     assert line.startswith(f"error: {copy / 'checkpoints' / '20'} is damaged (")
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EACCES, "cannot be read: .*put that right"),
+        (errno.ESTALE, "cannot be read"),
+        (errno.EINVAL, "is damaged"),
+    ],
+)
+def test_what_may_be_read_another_time_is_not_called_damaged(trained, number, expected, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(number, "the disk says so")
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "metadata", fail)
+    with pytest.raises(UserError, match=expected) as told:
+        checkpoint.read(trained)
+    assert ("remove it" in str(told.value)) == (number == errno.EINVAL)
 
 
 def test_a_mistake_on_starting_gets_one_line(text_folder, tmp_path):

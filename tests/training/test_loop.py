@@ -188,7 +188,10 @@ def test_what_was_due_with_the_last_checkpoint_is_done_on_resuming(trained, text
     rows = writers.read_jsonl(copy / "metrics.jsonl")
     kept = [row for row in rows if not (row["step"] == 20 and "heldout/ppl" in row)]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    lost = copy / "samples" / "00000024.txt"  # of steps after that checkpoint, which are taken anew
+    lost.write_text("other weights wrote this")
     loop.train(make_config({**trained_settings(text_folder), "train.steps": 25}), str(copy))
+    assert not lost.exists()
     assert [row["step"] for row in writers.read_jsonl(copy / "metrics.jsonl") if "heldout/ppl" in row] == [10, 20, 25]
 
 
