@@ -50,7 +50,7 @@ def passing(items: Iterable[Any], total: int, what: str, *, unit: str, show: boo
 
 
 _turn = threading.Lock()
-_listener: Callable[[], Any] | None = None
+_listener: Callable[[int], Any] | None = None
 
 
 @contextlib.contextmanager
@@ -69,16 +69,16 @@ def turn(wanted: bool) -> Iterator[bool]:
             _turn.release()
 
 
-def hear(listener: Callable[[], Any]) -> None:
-    """Has the listener called at each step from now on; of the block whose turn it is."""
+def hear(listener: Callable[[int], Any]) -> None:
+    """Has the listener called with numbers of steps, as they are taken, from now on; of the block whose turn it is."""
     global _listener
     _listener = listener
 
 
-def tell_of_step(*_: Any) -> None:
-    """What a program that tells of its steps calls back, with an array that the step has made."""
+def hear_of(steps: Any, _: Any) -> None:
+    """What a program calls back that tells of its steps: how many they are, and something that they made."""
     if (listener := _listener) is not None:
-        listener()
+        listener(int(steps))
 
 
 def say(text: str = "") -> None:

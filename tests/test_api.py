@@ -90,7 +90,7 @@ def test_neither_a_seed_nor_top_p_compiles_anew(params):
 @pytest.mark.parametrize(
     ("kwargs", "steps"),
     [({"n_steps": 3}, 4), ({"n_steps": 3, "noise_removal": "none", "batch_size": 3, "rows_at_once": 2}, 2 * 3),
-     ({"n_steps": 2, "length": 100, "stride": 30}, 4 * 3)],
+     ({"n_steps": 2, "length": 100, "stride": 30}, 4 * 3), ({"n_steps": 250}, 251)],
 )  # fmt: skip
 def test_progress_counts_steps(params, kwargs, steps, monkeypatch, capsys):
     bars = []

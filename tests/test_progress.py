@@ -3,7 +3,11 @@
 import io
 import sys
 
+import numpy as np
+import pytest
+
 from duo_jax import progress
+from duo_jax.sampling import ticks
 
 
 class Terminal(io.StringIO):
@@ -37,3 +41,13 @@ def test_other_processes_are_quiet(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(progress.passing([1, 2], 2, "inner", unit=" things", show=False)) == [1, 2]
     assert sys.stderr.getvalue() == ""
+
+
+@pytest.mark.parametrize("steps", [1, 2, 99, 100, 101, 250, 1024])
+def test_a_sampler_tells_of_all_steps_and_seldom(steps):
+    told = np.asarray(ticks.portions(steps))
+    assert told.sum() == steps
+    assert told.shape == (steps,)
+    assert (told >= 0).all()
+    assert np.count_nonzero(told) <= 100
+    assert told[-1] > 0

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from duo_jax import progress
 from duo_jax.diffusion import categorical
 from duo_jax.diffusion.arrays import token_keys
 from duo_jax.models.dit import DiT
 from duo_jax.models.network import Network
+from duo_jax.sampling import ticks
 from duo_jax.sampling.settings import Settings
 
 
@@ -35,18 +35,18 @@ def run(
 
     def take(carry: tuple[jax.Array, Any], step: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
         current, cache = carry
-        keys, position, fixed, is_held = step
+        keys, position, fixed, is_held, told = step
         hidden, cache = module.apply(variables, current[:, None], cache, position, method=DiT.next_hidden)
         logits = categorical.without(network.logits(weights, hidden[:, 0]), network.mask_id) / temperature
         if settings.nucleus:
             logits = categorical.nucleus(logits, top_p)
         following = jnp.where(is_held, fixed, categorical.draw(keys, logits))
         if settings.tells:
-            jax.debug.callback(progress.tell_of_step, following[0])
+            ticks.tell(told, following[0])
         return (following, cache), following
 
     keys = token_keys(key, (length - 1, batch))
     cache = module.empty_cache(batch, length - 1)
-    steps = (keys, jnp.arange(length - 1), tokens[:, 1:].T, held[:, 1:].T)
+    steps = (keys, jnp.arange(length - 1), tokens[:, 1:].T, held[:, 1:].T, ticks.portions(length - 1))
     _, rest = jax.lax.scan(take, (tokens[:, 0], cache), steps)
     return jnp.concatenate([tokens[:, :1], rest.T], axis=1)

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from duo_jax import progress
 from duo_jax.diffusion import absorbing, categorical, schedules, uniform
 from duo_jax.diffusion.arrays import as_float, map_keys, token_keys
 from duo_jax.errors import UserError
+from duo_jax.sampling import ticks
 from duo_jax.sampling.settings import Psi, Settings, as_psi, check_guidance, check_temperature, uses_nucleus
 
 Denoise = Callable[..., Any]
@@ -91,6 +91,7 @@ class Step:
     alpha_s: jax.Array
     kappa: jax.Array
     last: jax.Array  # whether this is the noise removal
+    told: jax.typing.ArrayLike = 0  # how many steps are told of after it
 
 
 def steps(key: jax.Array, settings: Settings) -> Step:
@@ -105,6 +106,7 @@ def steps(key: jax.Array, settings: Settings) -> Step:
         alpha_s=alpha_s,
         kappa=psi.kappas(alpha_t, alpha_s),
         last=jnp.arange(n + 1) == n,
+        told=jnp.resize(ticks.portions(settings.network_calls), n + 1),
     )
     return jax.tree.map(lambda x: x[: settings.network_calls], stacked)
 
@@ -277,7 +279,7 @@ def run(
             states = tuple(jnp.where(stopped[:, None], old, new) for old, new in zip(carry.states, states, strict=True))
             quiet = jnp.where(jnp.all(states[0] == carry.states[0], axis=-1), carry.quiet + 1, 0)
         if settings.tells:
-            jax.debug.callback(progress.tell_of_step, states[0][0, 0])
+            ticks.tell(step.told, states[0][0, 0])
         carry = Carry(states, quiet, carry.calls + costs[0], carry.predictions + costs[1])
         return carry, states[0] if settings.trajectory else None
 

@@ -188,7 +188,7 @@ class Settings:
         early_stop: a row is left as it is once so many steps in a row have not changed it, and the network is not
             called when all rows are; 0 never does. Of the uniform process alone.
         trajectory: whether the tokens after every network call are kept.
-        tells: whether the program calls `progress.tell_of_step` after each step; on one device.
+        tells: whether the program tells of its steps, see `ticks`; on one device.
     """
 
     n_steps: int

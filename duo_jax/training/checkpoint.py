@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import functools
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -67,6 +68,11 @@ def _drop_echoes(others: Callable[[Any], None], unraisable: Any) -> None:
         others(unraisable)
 
 
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    """Leaves out what asyncio logs of them."""
+    return not record.getMessage().startswith("Task exception was never retrieved")
+
+
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """Turns what Orbax raises on a damaged checkpoint into one sentence."""
@@ -80,6 +86,7 @@ def _readable(folder: Path) -> Iterator[None]:
     except Exception as error:
         if not _of_orbax(error):
             raise
+        logging.getLogger("asyncio").addFilter(_is_no_echo)  # one function is added once
         reason = " ".join(str(error.__cause__ or error).split())[:120]
         if any(getattr(seen, "errno", None) in _PASSING for seen in (error, error.__cause__)):
             raise UserError(
