@@ -161,9 +161,9 @@ class Objective:
         counts = jnp.any(mask > 0, axis=1)
         place = jnp.where(counts, jax.random.uniform(key_place, counts.shape), 2.0)
         rank = jnp.argsort(jnp.argsort(place))
-        share = (rank + jax.random.uniform(key_time)) / jnp.maximum(jnp.sum(counts), 1)
         eps = self.network.eps_t if eps is None else eps
-        return eps + (1.0 - eps) * jnp.minimum(share, 1.0)
+        times = schedules.spread(rank, jax.random.uniform(key_time), jnp.maximum(jnp.sum(counts), 1), eps)
+        return jnp.minimum(times, 1.0)  # rows that do not count lie beyond
 
     def dropout(self, key: jax.Array) -> jax.Array | None:
         """Returns the key for dropout, or None where it does not act."""

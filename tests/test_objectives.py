@@ -143,6 +143,8 @@ def test_every_row_may_get_every_time():
     times = np.asarray(jax.jit(jax.vmap(lambda key: objective.times(key, mask)))(keys))[:, [0, 1, 2, 4]]
     # Of the four that count there is one in every quarter, at the same place in it.
     np.testing.assert_allclose(np.diff(np.sort(times, axis=1)), 0.25, atol=1e-6)
+    assert times.min() >= 0
+    assert times.max() <= 1
     assert (np.abs(times.mean(axis=0) - 0.5) < 5.3 * 12**-0.5 / len(keys) ** 0.5).all()
 
 

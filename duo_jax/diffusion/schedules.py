@@ -113,21 +113,13 @@ def sigma(alpha: jax.typing.ArrayLike) -> jax.Array:
     return -jnp.log(jnp.asarray(alpha))
 
 
-def spread(offset: jax.typing.ArrayLike, n: int, eps: float = 1e-3) -> jax.Array:
-    """`n` times in [eps, 1], the i-th from the i-th of n equal cells: t_i = eps + (1-eps) (i + offset) / n.
+def spread(
+    cell: jax.typing.ArrayLike, offset: jax.typing.ArrayLike, n: jax.typing.ArrayLike, eps: float = 1e-3
+) -> jax.Array:
+    """Low-discrepancy times: the one at `offset` in [0, 1) of a cell, of the `n` equal ones that [eps, 1] is cut into.
 
-    `offset` in [0, 1) is a scalar (equally spaced times) or `[n]` (independent within the cells). Returns `[n]`.
+    t = eps + (1-eps) (cell + offset) / n (I, section 5; VDM, app. I.1). With one offset for all cells the times are equally
+    spaced; together they cover [eps, 1] evenly, which lowers the variance of a loss. A time is uniform only if its cell is
+    drawn: see `objectives.Objective.times`. Shapes as the arguments broadcast.
     """
-    cell = (jnp.arange(n) + jnp.asarray(offset)) / n
-    return eps + (1.0 - eps) * cell
-
-
-def sample_t(key: jax.Array, n: int, eps: float = 1e-3) -> jax.Array:
-    """Low-discrepancy times `[n]` in [eps, 1]: one uniform offset, then equally spaced (I, section 5; VDM, app. I.1).
-
-    Each time alone is uniform on [eps, 1]; together they cover it evenly, which lowers the variance of the loss. Call
-    it once for the global batch, not once a device.
-    """
-    if n < 1:
-        raise UserError(f"the number of times to draw must be at least 1, not {n}")
-    return spread(jax.random.uniform(key), n, eps)
+    return eps + (1.0 - eps) * ((jnp.asarray(cell) + offset) / n)
