@@ -6,12 +6,14 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "cuda": ["jax[cuda12]"],
+    "harness": ["lm-eval>=0.4.13"],
     "hub": ["datasets>=3.0"],
     "judge": ["gguf>=0.10"],
     "torch": ["torch>=2.4"],
     "tpu": ["jax[tpu]"],
     "test": [
         "gguf>=0.10",
+        "lm-eval>=0.4.13",
         "mpmath>=1.3",
         "pyarrow>=17",
         "pytest>=8.0",

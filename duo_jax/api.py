@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
 import operator
@@ -26,6 +27,8 @@ from duo_jax.training import checkpoint
 
 # Rows that one call of the network scores at once; a bounded number, whatever the length of the text.
 _SCORE_ROWS = 32
+# Rows are filled up to a multiple of so many tokens.
+_SCORE_LENGTH = 32
 # Texts that one call of the sampler writes at once on a device, unless said otherwise.
 _ROWS_A_DEVICE = 64
 
@@ -301,15 +304,43 @@ def _rows(tokens: list[int], tokenizer: tokenizers.Tokenizer, length: int) -> li
     return [[tokenizer.bos_id, *piece, tokenizer.eos_id] for piece in pieces]
 
 
-def _blocks(rows: list[Any]) -> Iterator[np.ndarray]:
-    """Groups rows of one length into int32 arrays `[b, l]` of a few shapes, so that few programs are compiled."""
-    for length in sorted({len(row) for row in rows}):
-        same = [row for row in rows if len(row) == length]
-        for i in range(0, len(same), _SCORE_ROWS):
-            yield np.asarray(same[i : i + _SCORE_ROWS], np.int32)
+def _after(prompt: Any, text: str, tokenizer: tokenizers.Tokenizer, length: int) -> tuple[list[int], int]:
+    """Returns the one row of a prompt and a text, BOS ... EOS, and how many of its tokens are given."""
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt is {prompt!r}; give text.")
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
+    row = [tokenizer.bos_id, *whole, tokenizer.eos_id]
+    if len(row) > length:
+        raise UserError(
+            f"the prompt and the text are {len(row)} tokens with BOS and EOS, and the network reads {length}; shorten them."
+        )
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+    return row, 1 + sum(1 for _ in alike)  # a token that is partly the prompt's is scored
 
 
-def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int = 16) -> Score:
+def _blocks(rows: list[Any], given: int, length: int) -> Iterator[dict[str, np.ndarray]]:
+    """Groups rows into batches `[b, l]` of a few shapes, short ones filled up to them, so that few programs are compiled."""
+
+    def room(row: Any) -> int:
+        return min(-(-len(row) // _SCORE_LENGTH) * _SCORE_LENGTH, length)
+
+    for filled in sorted(set(map(room, rows))):
+        alike = [row for row in rows if room(row) == filled]
+        for i in range(0, len(alike), _SCORE_ROWS):
+            block = alike[i : i + _SCORE_ROWS]
+            lengths = np.array([len(row) for row in block], np.int32)
+            tokens = np.array([np.pad(np.asarray(row, np.int32), (0, filled - len(row))) for row in block])
+            place = np.arange(filled)
+            counted = (place >= given) & (place < lengths[:, None])
+            batch = {"tokens": tokens, "mask": counted.astype(np.float32)}
+            if given or (lengths < filled).any():
+                batch |= {"given": ~counted, "lengths": lengths}
+            yield batch
+
+
+def score(
+    params: Params, text_or_tokens: Any, *, prompt: str | None = None, seed: int = 0, n_samples: int = 16
+) -> Score:
     """Returns how probable a text is: a bound on its negative log-likelihood in nats per token.
 
     The bound is an expectation over the time t and the noise; it is estimated `n_samples` times, independently, so that
@@ -319,21 +350,31 @@ def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int 
         params: what `load` returned.
         text_or_tokens: a string, which is tokenized and cut into rows BOS ... EOS of at most the network's length; or token
             ids, `[L]` or `[B, L]`, scored as they are.
+        prompt: what stands before the text and is given, not scored, as it would be in sampling; of a string only. The
+            string then follows it as it stands, its first space included, and both fit the network's length.
         seed: of the noise.
         n_samples: independent estimates; the standard error shrinks with their square root.
 
     Raises:
-        UserError: an empty input, ids outside the vocabulary, rows longer than the network's, or no estimates.
+        UserError: an empty input, ids outside the vocabulary, rows longer than the network's, a prompt of tokens, or no
+            estimates.
     """
     network = params.network
     n_samples, seed = _whole("n_samples", n_samples), _seed(seed)
     if n_samples < 1:
         raise UserError(f"n_samples is {n_samples}; at least 1 estimate is needed, and 2 for a standard error.")
+    given = 0
     if isinstance(text_or_tokens, str):
         if not text_or_tokens:
             raise UserError("there is nothing to score: the text is empty.")
         tokenizer = tokenizer_of(params.tokenizer)
-        rows: list[Any] = _rows(tokenizer.encode(text_or_tokens), tokenizer, network.length)
+        if prompt is None:
+            rows: list[Any] = _rows(tokenizer.encode(text_or_tokens), tokenizer, network.length)
+        else:
+            row, given = _after(prompt, text_or_tokens, tokenizer, network.length)
+            rows = [row]
+    elif prompt is not None:
+        raise UserError("a prompt was given with token ids; score a string, or leave the prompt out.")
     else:
         try:
             tokens = np.atleast_2d(np.asarray(text_or_tokens))
@@ -356,8 +397,8 @@ def score(params: Params, text_or_tokens: Any, *, seed: int = 0, n_samples: int 
     estimates = np.zeros(n_samples)
     count = 0
     key = jax.random.key(seed)
-    for i, block in enumerate(_blocks(rows)):
-        batch = {"tokens": jax.device_put(block), "mask": np.ones(block.shape, np.float32)}
+    for i, block in enumerate(_blocks(rows, given, network.length)):
+        batch = jax.device_put(block)
         keys = jax.random.split(jax.random.fold_in(key, i), n_samples)
         sums = jax.device_get([likelihood.nll_sum(params.weights, batch, k, network=network) for k in keys])
         estimates += np.asarray([s["nll"] for s in sums], np.float64)

@@ -3,6 +3,9 @@
 `params` are a network's weights, `batch` holds `tokens` and `mask`, both `[B, L]`, and `aux` the sum of the loss over the
 tokens that the mask keeps (nats) and their number, from which averages over many batches are made. The vocabulary is
 visited in chunks of tokens; nothing here holds a `[B, L, K]`.
+
+A batch that is evaluated may also hold `given`, bool `[B, L]`: tokens that stay as they are, as a prompt does, so that the
+bound is that of the others given them; and `lengths`, `[B]`: where each row ends, what fills it up behind not being seen.
 """
 
 from __future__ import annotations
@@ -169,10 +172,12 @@ class Objective:
         """Returns the key for dropout, or None where it does not act."""
         return key if self.train else None
 
-    def hidden(self, params: Weights, key: jax.Array, inputs: jax.Array, sigma: jax.Array | None) -> jax.Array:
+    def hidden(
+        self, params: Weights, key: jax.Array, inputs: jax.Array, sigma: jax.Array | None, batch: Batch
+    ) -> jax.Array:
         """Returns what the head reads, `[B, L, D]`, of token ids `[B, L]` or an embedded `[B, L, D]` (float)."""
         x = inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else self.network.embed(params, inputs)
-        return self.network.hidden(params, x, sigma, self.dropout(key))
+        return self.network.hidden(params, x, sigma, self.dropout(key), batch.get("lengths"))
 
     def mixed(self, params: Weights, mix: jax.Array, ids: jax.Array) -> jax.Array:
         """Returns the embedded mixture `[B, L, D]` of the rows `ids` with the weights `mix`, `[B, L, k]` both."""
@@ -226,14 +231,20 @@ class Objective:
     ) -> tuple[jax.Array, Aux]:
         """Returns the mean of f_Duo for a network that reads `inputs` in place of z_t; `alphas` are alpha_t, alpha'_t."""
         x, visitor = batch["tokens"], uniform.nelbo_from_logits
-        hidden = self.hidden(params, key, inputs, schedules.sigma(alphas[0]))
+        hidden = self.hidden(params, key, inputs, schedules.sigma(alphas[0]), batch)
         return self.mean(params, hidden, batch["mask"], visitor, z_t, x, *_spread(x, *alphas))
 
     def absorbed(self, key_t: jax.Array, key_z: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
         """Returns z_t `[B, L]` of the absorbing process at a time a row, with alpha_t and its derivative in t, `[B]`."""
         t = self.times(key_t, batch["mask"])
         alpha_t, dalpha_t = self.schedule.alpha(t), self.schedule.dalpha(t)
-        return absorbing.q_sample(key_z, batch["tokens"], alpha_t, self.network.mask_id), alpha_t, dalpha_t
+        z_t = absorbing.q_sample(key_z, batch["tokens"], alpha_t, self.network.mask_id)
+        return _but_given(z_t, batch), alpha_t, dalpha_t
+
+
+def _but_given(z_t: jax.Array, batch: Batch) -> jax.Array:
+    """Returns z_t `[B, L]` with the tokens that the batch gives as they are."""
+    return jnp.where(batch["given"], batch["tokens"], z_t) if "given" in batch else z_t
 
 
 def _spread(x: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
@@ -253,7 +264,7 @@ def duo_base(this: Objective) -> LossFn:
         x = batch["tokens"]
         t = this.times(key_t, batch["mask"])
         alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
-        z_t = uniform.q_sample(key_z, x, alpha_t, this.network.vocab_size)
+        z_t = _but_given(uniform.q_sample(key_z, x, alpha_t, this.network.vocab_size), batch)
         return this.uniform_nelbo(params, key_dropout, z_t, z_t, (alpha_t, dalpha_t), batch)
 
     return loss_fn
@@ -353,7 +364,7 @@ def mdlm(this: Objective) -> LossFn:
         del step
         key_t, key_z, key_dropout = jax.random.split(key, 3)
         x, (z_t, *alphas) = batch["tokens"], this.absorbed(key_t, key_z, batch)
-        hidden = this.hidden(params, key_dropout, z_t, jnp.zeros_like(alphas[0]))
+        hidden = this.hidden(params, key_dropout, z_t, jnp.zeros_like(alphas[0]), batch)
         return this.mean(params, hidden, batch["mask"], visitor, z_t, x, *_spread(x, *alphas))
 
     return loss_fn
@@ -371,7 +382,7 @@ def sedd(this: Objective) -> LossFn:
         del step
         key_t, key_z, key_dropout = jax.random.split(key, 3)
         x, (z_t, *alphas) = batch["tokens"], this.absorbed(key_t, key_z, batch)
-        hidden = this.hidden(params, key_dropout, z_t, schedules.sigma(alphas[0]))
+        hidden = this.hidden(params, key_dropout, z_t, schedules.sigma(alphas[0]), batch)
         return this.mean(params, hidden, batch["mask"], visitor, z_t, x, *_spread(x, *alphas))
 
     return loss_fn
@@ -389,12 +400,12 @@ def d3pm(this: Objective) -> LossFn:
         # The chain's times are 1/T, 2/T, ..., 1.
         t = jnp.clip(jnp.ceil(this.times(key_t, batch["mask"], 0.0) * n_steps), 1, n_steps) / n_steps
         alpha_t = 1.0 - t
-        z_t = absorbing.q_sample(key_z, x, alpha_t, net.mask_id)
+        z_t = _but_given(absorbing.q_sample(key_z, x, alpha_t, net.mask_id), batch)
         # At t = 1 alpha is 0 and its sigma infinite; the network is told the last finite one.
         sigma = schedules.sigma(jnp.maximum(alpha_t, net.eps))
-        hidden = this.hidden(params, key_dropout[0], z_t, sigma)
+        hidden = this.hidden(params, key_dropout[0], z_t, sigma, batch)
         chain = this.mean(params, hidden, batch["mask"], visitor, z_t, x, *_spread(x, alpha_t))
-        hidden = this.hidden(params, key_dropout[1], x, jnp.zeros_like(t))
+        hidden = this.hidden(params, key_dropout[1], x, jnp.zeros_like(t), batch)
         clean = this.mean(params, hidden, batch["mask"], absorbing.d3pm_reconstruction, x)
         return chain[0] + clean[0], chain[1] | {"nll": chain[1]["nll"] + clean[1]["nll"]}
 
@@ -409,7 +420,7 @@ def ar(this: Objective) -> LossFn:
         del step
         x = batch["tokens"]
         # All of x, though the last prediction is of no use: attention and products are made for even lengths.
-        hidden = this.hidden(params, key, x, None)[:, :-1]
+        hidden = this.hidden(params, key, x, None, batch)[:, :-1]
         return this.mean(params, hidden, batch["mask"][:, 1:], visitor, x[:, 1:])
 
     return loss_fn

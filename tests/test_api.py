@@ -154,6 +154,39 @@ def test_an_autoregressive_score_counts_what_is_predicted(params):
         duo_jax.score(untrained, [5])
 
 
+def test_a_score_after_a_prompt_is_that_of_the_rest(params):
+    # Of an autoregressive network, exactly: the whole is its beginning and what follows it.
+    net = dataclasses.replace(params.network, algo="ar")
+    weights = net.init(jax.random.key(0))
+    weights["head"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(1), weights["head"]["kernel"].shape)
+    causal = params.replace(network=net, weights=weights)
+    tokenizer = duo_jax.api.tokenizer_of(params.tokenizer)
+    beginning, end = "The town lies", " on the bank"
+    whole, rest = duo_jax.score(causal, beginning + end), duo_jax.score(causal, end, prompt=beginning)
+    first = duo_jax.score(causal, [tokenizer.bos_id, *tokenizer.encode(beginning)])
+    assert (whole.tokens, rest.stderr) == (first.tokens + rest.tokens, 0)
+    assert whole.nll * whole.tokens == pytest.approx(first.nll * first.tokens + rest.nll * rest.tokens, rel=1e-5)
+    # Of a diffusion network the same tokens are scored, and those alone.
+    assert duo_jax.score(params, end, prompt=beginning).tokens == len(tokenizer.encode(beginning + end)) + 1 - (
+        len(tokenizer.encode(beginning))
+    )
+    for wrong, message in (
+        ({"prompt": "a" * 100}, "with BOS and EOS, and the network reads 32"),
+        ({"prompt": 5}, "give text"),
+        ({"prompt": "a", "text_or_tokens": [1, 2]}, "a prompt was given with token ids"),
+    ):
+        with pytest.raises(duo_jax.UserError, match=message):
+            duo_jax.score(params, **{"text_or_tokens": "text", **wrong})
+
+
+def test_short_texts_share_a_program(params):
+    duo_jax.score(params, "The town")
+    compiled = likelihood.nll_sum._cache_size()
+    for text in ("A", "The river lies", "It is a city"):
+        duo_jax.score(params, text)
+    assert likelihood.nll_sum._cache_size() == compiled
+
+
 def test_scores_that_cannot_be_are_refused(params):
     with pytest.raises(duo_jax.UserError, match="at least 1 estimate"):
         duo_jax.score(params, "text", n_samples=0)

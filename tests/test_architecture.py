@@ -30,7 +30,12 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 
 # Command-line doors that lie in another room; like main, they may import all below it.
-DOORS = ("convert/__main__.py", "evaluation/generate_quality.py")
+DOORS = (
+    "convert/__main__.py",
+    "evaluation/generate_quality.py",
+    "evaluation/harness.py",
+    "evaluation/harness_model.py",
+)
 
 
 def room(path):

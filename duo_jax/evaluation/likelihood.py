@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from duo_jax import objectives
+from duo_jax.diffusion import categorical, schedules, uniform
+from duo_jax.models import head
 from duo_jax.models.network import Network
+from duo_jax.sampling import networks
 
 # The same noise at every evaluation of every run, so that two figures differ by their networks alone.
 _NOISE_SEED = 20_250_615
@@ -48,6 +52,76 @@ def nll_sum(
 ) -> dict:
     """Returns `{"nll": sum in nats, "tokens": count}` of a batch under the algorithm's bound."""
     return objectives.evaluation_loss(network, mesh=mesh)(weights, batch, key, 0)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("network", "n_samples"))
+def continuation(
+    weights: Any,
+    tokens: jax.Array,
+    first: jax.typing.ArrayLike,
+    length: jax.typing.ArrayLike,
+    key: jax.Array,
+    *,
+    network: Network,
+    n_samples: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns how probable the end of a text is, given its beginning, and whether it is what one greedy step writes.
+
+    The beginning stays as it is at every noise level, as a prompt does in sampling, and the loss is that of the rest: for
+    diffusion networks an upper bound, averaged over `n_samples` draws whose times share [0, 1] evenly; for an
+    autoregressive network exact. One program serves all texts that are filled up to one L.
+
+    Args:
+        weights: the network's parameters.
+        tokens: int `[L]`; what stands from `length` on fills it up, and is not seen.
+        first: where the part that is scored begins, at least 1 for an autoregressive network.
+        length: where it ends.
+        key: of times and noise. The same key for several ends of one text compares them with little noise.
+        network: what the weights are parameters of.
+        n_samples: how many draws.
+
+    Returns:
+        Nats, of all tokens together; and a bool: whether the most probable token is the text's own at every place from
+        `first` on, predicted all at once from pure noise there (autoregressive: each from the text before it).
+    """
+    place = jnp.arange(tokens.size)
+    counted = (place >= first) & (place < length)
+    n_rows = 1 if network.algo == "ar" else n_samples
+    key_loss, key_prior = jax.random.split(key)
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (n_rows, *x.shape))
+
+    batch = {"tokens": tokens, "mask": counted.astype(jnp.float32), "given": ~counted, "lengths": jnp.asarray(length)}
+    sums = objectives.evaluation_loss(network)(weights, jax.tree.map(rows, batch), key_loss, jnp.asarray(0))[1]
+    best = _most_probable(weights, network, tokens[None], counted[None], jnp.asarray(length)[None], key_prior)
+    return sums["nll"] / n_rows, jnp.all((best[0] == tokens) | ~counted)
+
+
+def _most_probable(
+    weights: Any, network: Network, tokens: jax.Array, asked: jax.Array, lengths: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Returns the most probable tokens `[B, L]` where they are asked for, predicted at once from the others."""
+    mask_id = network.mask_id
+
+    def best(logits: jax.Array, mask_id: int | None) -> jax.Array:
+        return jnp.argmax(logits if mask_id is None else categorical.without(logits, mask_id), axis=-1)
+
+    if network.algo == "ar":
+        hidden = network.hidden(weights, network.embed(weights, tokens), None, lengths=lengths)
+
+        def next_token(hidden: jax.Array) -> jax.Array:
+            return best(network.logits(weights, hidden), mask_id)
+
+        after = head.in_chunks(next_token, hidden, chunk=network.chunk(*tokens.shape))
+        return jnp.roll(after, 1, axis=1)
+    absorbing = network.algo not in ("duo", "duo_base", "dcd")
+    noise = jnp.full_like(tokens, mask_id) if absorbing else uniform.prior_sample(key, tokens.shape, network.vocab_size)
+    sigma = schedules.sigma(schedules.by_name(network.schedule, network.eps).alpha(jnp.ones(len(tokens))))
+    denoise = networks.denoiser(network, weights, lengths=lengths)
+    return denoise(
+        (jnp.where(asked, noise, tokens),), sigma, lambda logits: best(logits[0], mask_id if absorbing else None), asked
+    )
 
 
 def evaluate(

@@ -80,7 +80,15 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (halves * cos + turned * sin).reshape(x.shape).astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, requested: str) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    requested: str,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
     """Returns softmax(q k' / sqrt(head_dim)) v, `[B, L, H, head_dim]`; the softmax is float32.
 
     Args:
@@ -88,8 +96,19 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, requested:
         k, v: the same, or with fewer heads, each then shared by as many of q's heads in a row.
         causal: whether a token sees itself and its past alone.
         requested: see `choose`.
+        lengths: `[B]`, how many tokens each row has; no token sees what stands after them. None: all L.
     """
-    if backend(requested, dtype=q.dtype, head_dim=q.shape[-1], length=q.shape[1]) == "cudnn":
+    name = backend(requested, dtype=q.dtype, head_dim=q.shape[-1], length=q.shape[1])
+    if lengths is not None:
+        operands = (q, k, v) if name == "cudnn" else (x.astype(_operand_type(q.dtype)) for x in (q, k, v))
+        return jax.nn.dot_product_attention(
+            *operands,
+            is_causal=causal,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation=name,
+        ).astype(q.dtype)
+    if name == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     shared = q.shape[2] // k.shape[2]
     keys_values = (_by_head(jnp.repeat(x, shared, axis=2) if shared > 1 else x) for x in (k, v))

@@ -119,11 +119,19 @@ class Block(nn.Module):
         if self.adaln:
             self.modulation = Modulation(6, self.dim, self.dtype)
 
-    def __call__(self, x: jax.Array, cond: jax.Array | None, cos: jax.Array, sin: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        cond: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        train: bool,
+        lengths: jax.Array | None = None,
+    ) -> jax.Array:
         """Maps the residual stream `x [B, L, D]` to the next one."""
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention.attend(q, k, v, causal=self.causal, requested=self.attention)
+            return attention.attend(q, k, v, causal=self.causal, requested=self.attention, lengths=lengths)
 
         return self._update(x, cond, cos, sin, train, attend)
 
@@ -257,13 +265,16 @@ class DiT(nn.Module):
             return jax.nn.softmax(inputs.astype(jnp.float32), axis=-1) @ self.embed.embedding
         return self.embed(inputs)
 
-    def hidden(self, x: jax.Array, sigma: jax.Array | None, *, train: bool = False) -> jax.Array:
+    def hidden(
+        self, x: jax.Array, sigma: jax.Array | None, *, train: bool = False, lengths: jax.Array | None = None
+    ) -> jax.Array:
         """Returns what the vocabulary head reads, `[B, L, D]` float32.
 
         Args:
             x: what `embedded` returned.
             sigma: noise level -log(alpha_t), `[B]`; None without adaLN.
             train: whether dropout acts; it then needs an rng named `dropout`.
+            lengths: `[B]`, how many tokens each row has; what stands after them is not seen. None: all L.
         """
         cond = None
         if self.adaln:
@@ -273,19 +284,25 @@ class DiT(nn.Module):
             for layer in self.layers:
                 x = layer(x, cond, cos, sin, train)
         else:
-            x = self._through_blocks(x, cond, cos, sin, self.make_rng("dropout") if train else None)
+            x = self._through_blocks(x, cond, cos, sin, self.make_rng("dropout") if train else None, lengths)
         shift, scale = self.modulation_final(cond) if self.adaln else (None, None)
         return self.norm_final(x, scale, shift)
 
     def _through_blocks(
-        self, x: jax.Array, cond: jax.Array | None, cos: jax.Array, sin: jax.Array, dropout_key: jax.Array | None
+        self,
+        x: jax.Array,
+        cond: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        dropout_key: jax.Array | None,
+        lengths: jax.Array | None,
     ) -> jax.Array:
         """All blocks in turn, the same numbers whether unrolled or scanned, kept or recomputed in the backward pass."""
         block = self.layers[0].clone(parent=None, name=None)
 
         def apply(x: jax.Array, weights: dict, i: jax.typing.ArrayLike) -> jax.Array:
             rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, i)}
-            return block.apply({"params": weights}, x, cond, cos, sin, rngs is not None, rngs=rngs)
+            return block.apply({"params": weights}, x, cond, cos, sin, rngs is not None, lengths, rngs=rngs)
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=_KEPT[self.remat])

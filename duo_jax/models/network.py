@@ -136,12 +136,19 @@ class Network:
         return self.module.apply({"params": weights}, inputs, mix, method=DiT.embedded)
 
     def hidden(
-        self, weights: Weights, x: jax.Array, sigma: jax.Array | None, dropout_key: jax.Array | None = None
+        self,
+        weights: Weights,
+        x: jax.Array,
+        sigma: jax.Array | None,
+        dropout_key: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> jax.Array:
         """Returns `DiT.hidden` of the embedded `x [B, L, D]`; a `dropout_key` makes dropout act, as in training."""
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
-        return self.module.apply({"params": weights}, x, sigma, train=train, rngs=rngs, method=DiT.hidden)
+        return self.module.apply(
+            {"params": weights}, x, sigma, train=train, lengths=lengths, rngs=rngs, method=DiT.hidden
+        )
 
     def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:
         """Returns logits `[..., K]` float32 of `hidden [..., D]`."""

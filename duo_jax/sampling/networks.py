@@ -22,11 +22,14 @@ from duo_jax.sampling.settings import Settings
 _FEWEST = 64
 
 
-def denoiser(network: Network, weights: Any, *, mesh: Mesh | None = None) -> engine.Denoise:
+def denoiser(
+    network: Network, weights: Any, *, mesh: Mesh | None = None, lengths: jax.Array | None = None
+) -> engine.Denoise:
     """Returns a network as the engine calls it, told the noise as its algorithm tells it in training.
 
     MDLM's network does not know the time; D3PM's is told at most the sigma of its schedule's eps; SEDD's output is scaled
-    to its log-score. `mesh` holds the devices over which the rows are split; None for one.
+    to its log-score. `mesh` holds the devices over which the rows are split; None for one. `lengths [B]` tell where
+    rows end before L.
     """
     algo = network.algo
     reader = head.transposed(weights["head"], network.dtype)  # once for all steps
@@ -39,7 +42,7 @@ def denoiser(network: Network, weights: Any, *, mesh: Mesh | None = None) -> eng
     def denoise(
         states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, asked: jax.Array, *per_token: Any
     ) -> Any:
-        hidden = tuple(network.hidden(weights, network.embed(weights, z), told(sigma)) for z in states)
+        hidden = tuple(network.hidden(weights, network.embed(weights, z), told(sigma), lengths=lengths) for z in states)
 
         def visit(reader: head.Transposed, hidden: tuple, states: tuple, alpha: jax.Array, *per_token: Any) -> Any:
             logits = tuple(head.logits_of_transposed(h, reader) for h in hidden)
