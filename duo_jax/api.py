@@ -297,7 +297,7 @@ def _seed(value: Any) -> int:
     return seed
 
 
-def _rows(tokens: list[int], tokenizer: tokenizers.Tokenizer, length: int) -> list[list[int]]:
+def rows_of(tokens: list[int], tokenizer: tokenizers.Tokenizer, length: int) -> list[list[int]]:
     """Cuts a text's tokens into rows as in training, BOS ... EOS, the last one as short as it comes."""
     body = length - 2
     pieces = [tokens[i : i + body] for i in range(0, max(len(tokens), 1), body)]
@@ -369,7 +369,7 @@ def score(
             raise UserError("there is nothing to score: the text is empty.")
         tokenizer = tokenizer_of(params.tokenizer)
         if prompt is None:
-            rows: list[Any] = _rows(tokenizer.encode(text_or_tokens), tokenizer, network.length)
+            rows: list[Any] = rows_of(tokenizer.encode(text_or_tokens), tokenizer, network.length)
         else:
             row, given = _after(prompt, text_or_tokens, tokenizer, network.length)
             rows = [row]

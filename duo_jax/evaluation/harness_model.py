@@ -62,15 +62,13 @@ class Model(LM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Returns each text's log-likelihood in nats, the sum of those of rows as in training."""
-        room = self._params.network.length - 1
+        """Returns each text's log-likelihood in nats, the sum of those of rows BOS ... EOS as in training, EOS included."""
 
-        def rows(text: str) -> Iterator[Row]:
-            tokens = self._tokenizer.encode(text)
-            for i in range(0, len(tokens), room):
-                yield [self._tokenizer.bos_id, *tokens[i : i + room]], 1
+        def rows(text: str) -> list[Row]:
+            rows = api.rows_of(self._tokenizer.encode(text), self._tokenizer, self._params.network.length)
+            return [(row, 1) for row in rows] if text else []
 
-        found = [nats for nats, _ in self._scored([list(rows(*request.args)) for request in requests])]
+        found = [nats for nats, _ in self._scored([rows(*request.args) for request in requests])]
         for request, value in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return found
