@@ -15,7 +15,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["UserError", "export", "load", "sample", "score"]
 
-_ROOMS = ("api", "convert", "data", "diffusion", "evaluation", "models", "objectives", "sampling", "training")
+_ROOMS = ("api", "config", "convert", "data", "diffusion", "evaluation", "models", "objectives", "sampling", "training")
 _HOMES = dict.fromkeys(("export", "load", "sample", "score"), "duo_jax.api") | {"UserError": "duo_jax.errors"}
 
 

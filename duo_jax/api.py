@@ -53,8 +53,13 @@ class Samples:
     trajectory: np.ndarray | None = None
 
 
-class Score(NamedTuple):
-    """What `score` returns.
+class _Estimate(NamedTuple):
+    nll: float
+    stderr: float
+
+
+class Score(_Estimate):
+    """What `score` returns: the pair (nll, stderr), which also tells of how many tokens it is.
 
     Attributes:
         nll: nats per token, an upper bound estimated by Monte Carlo.
@@ -62,9 +67,25 @@ class Score(NamedTuple):
         tokens: how many tokens were scored, BOS and EOS included (but for the given BOS of an autoregressive network).
     """
 
-    nll: float
-    stderr: float
     tokens: int
+
+    def __new__(cls, nll: float, stderr: float, tokens: int) -> Score:
+        """Makes the pair."""
+        pair = super().__new__(cls, nll, stderr)
+        pair.tokens = tokens
+        return pair
+
+    def __getnewargs__(self) -> tuple[float, float, int]:
+        """What a copy is made of."""
+        return self.nll, self.stderr, self.tokens
+
+    def __float__(self) -> float:
+        """Returns nats per token."""
+        return self.nll
+
+    def __repr__(self) -> str:
+        """Returns all three."""
+        return f"Score(nll={self.nll}, stderr={self.stderr}, tokens={self.tokens})"
 
 
 def load(

@@ -60,6 +60,13 @@ def _check_names(argv: list[str], config: ConfigDict) -> None:
         name = arg.lstrip("-").split("=", 1)[0]
         if arg.startswith("--") and name in known and name not in flags.FLAGS:
             raise UserError(f"--{name} is a setting of the config; give it as --config.{arg.lstrip('-')}.")
+        group, dot, _ = name.partition(".")
+        if arg.startswith("--") and dot and group != "config" and group not in flags.FLAGS:
+            near = difflib.get_close_matches(name, [f"config.{key}" for key in known], n=1)
+            meant = (
+                f"did you mean --{near[0]}" if near else "settings are given as --config.name=value; --help lists them"
+            )
+            raise UserError(f"--{name}: no such flag; {meant}{'?' if near else '.'}")
         if not arg.startswith("-") or not name.startswith("config."):
             continue
         key = name.removeprefix("config.")
@@ -94,7 +101,11 @@ def parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        told = " ".join(str(error).split())
+        for python, plain in (("invalid literal for int() with base 10:", "a whole number is needed, not"),
+                              ("could not convert string to float:", "a number is needed, not")):  # fmt: skip
+            told = told.replace(python, plain)
+        raise UserError(told) from error
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = absl_logging.WARNING  # at absl's usual INFO, Orbax tells of every file it writes
     if len(rest) > 1:

@@ -266,6 +266,9 @@ def check(config: ConfigDict) -> None:
                  "sample.num", "sample.stride", "sample.early_stop"):  # fmt: skip
         if flatten(config)[name] < 0:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must not be negative.")
+    for name in ("seed", "sample.seed"):
+        if not 0 <= flatten(config)[name] < 2**32:
+            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be from 0 to 2^32 - 1.")
     for name in ("model.dropout", "train.ema", "train.beta1", "train.beta2"):
         if not 0 <= flatten(config)[name] < 1:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be in [0, 1).")

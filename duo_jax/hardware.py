@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 
 import jax
@@ -32,7 +33,8 @@ def present() -> Hardware:
     if _absent is not None:
         return _absent
     device = jax.local_devices()[0]
-    capability = float(getattr(device, "compute_capability", 0) or 0)
+    named = str(getattr(device, "compute_capability", ""))
+    capability = float(named) if re.fullmatch(r"\d+(\.\d+)?", named) else 0.0  # AMD's have names, as gfx942
     return Hardware(device.platform, capability, (device.memory_stats() or {}).get("bytes_limit"))
 
 

@@ -37,13 +37,14 @@ _SHOWN = 4
 _HOW = ("precision", "attention", "head_mib", "dropout", "remat", "scan")
 
 
-def _load(config: ConfigDict, workdir: str) -> Params:
-    """Returns the newest network of a workdir, computed as the config says.
+def _load(config: ConfigDict, workdir: str) -> tuple[Params, Path, int]:
+    """Returns the newest network of a workdir, computed as the config says, the run's folder, and the step.
 
     Raises:
         UserError: the config describes another network than the checkpoint's.
     """
-    params, _ = checkpoint.read(workdir)
+    home, step = checkpoint.find(workdir)
+    params, _ = checkpoint.read(checkpoint.folder_of(home, step))
     wanted = Network.from_config(config, params.network.vocab_size, params.network.mask_id)
     same = dataclasses.replace(wanted, **{name: getattr(params.network, name) for name in _HOW})
     if same != params.network:
@@ -52,7 +53,7 @@ def _load(config: ConfigDict, workdir: str) -> Params:
             f"{name} is {want[name]}, in the checkpoint {have[name]}" for name in have if have[name] != want[name]
         ]
         raise UserError(f"the config is not that of the network in {workdir}: {'; '.join(different)}.")
-    return params.replace(network=wanted)
+    return params.replace(network=wanted), home, step
 
 
 def _heldout_folder(config: ConfigDict, workdir: str, tokenizer: Tokenizer) -> Path:
@@ -77,8 +78,7 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     That of the held-out split goes to `WORKDIR/eval.json`; that of the text at `config.eval.path` is a line more of
     `WORKDIR/zero_shot.jsonl`. Where the workdir is the folder of a checkpoint, that of its run is written to.
     """
-    params = _load(config, workdir)
-    home, step = checkpoint.find(workdir)
+    params, home, step = _load(config, workdir)
     path = home / ("zero_shot.jsonl" if config.eval.path else "eval.json")
     files.check_file(path)
     mesh = partition.create_mesh(config.mesh)
@@ -136,8 +136,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
     If that exists, to `samples-2.jsonl` and so on: samples may be hours of work. Where the workdir is the folder of a
     checkpoint, that of its run is written to.
     """
-    params = _load(config, workdir)
-    home = checkpoint.find(workdir)[0]
+    params, home, _ = _load(config, workdir)
     files.check_folder(home)
     path = home / "samples.jsonl" if jax.process_index() else _new(home, "samples", ".jsonl")
     chosen = config.sample
@@ -176,7 +175,13 @@ def sample(config: ConfigDict, workdir: str) -> None:
     number = chosen.num or chosen.batch_size
     try:
         result = api.sample(
-            params, batch_size=number, psi=psi, progress=True, mesh=mesh, each=show_and_write, **settings
+            params,
+            batch_size=number,
+            psi=psi,
+            progress=not jax.process_index(),
+            mesh=mesh,
+            each=show_and_write,
+            **settings,
         )
     finally:
         if not jax.process_index() and not path.stat().st_size:

@@ -252,6 +252,11 @@ def _spread(x: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(per_token(value, x.shape) for value in values)
 
 
+def _as_32(inputs: jax.Array, z_t: jax.Array, *alphas: jax.Array) -> tuple[jax.Array, ...]:
+    """Two phases of one program give the same types, also where the caller computes in float64."""
+    return inputs.astype(jnp.float32), z_t.astype(jnp.int32), *(alpha.astype(jnp.float32) for alpha in alphas)
+
+
 def duo_base(this: Objective) -> LossFn:
     """Returns the discrete NELBO of uniform-state diffusion (The Diffusion Duality, f_Duo).
 
@@ -308,12 +313,12 @@ def duo(this: Objective) -> LossFn:
         def curriculum() -> tuple[jax.Array, ...]:
             tau = duality.tau(step, gaussian.start, gaussian.end, gaussian.tau_log10_start, gaussian.tau_log10_end)
             inputs, z_t = relaxed(params, key_z, x, gaussian.gamma(t), tau)
-            return inputs, z_t, *gaussian.alpha(t, net.vocab_size)
+            return _as_32(inputs, z_t, *gaussian.alpha(t, net.vocab_size))
 
         def discrete() -> tuple[jax.Array, ...]:
             alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
             z_t = uniform.q_sample(key_z, x, alpha_t, net.vocab_size)
-            return net.embed(params, z_t), z_t, alpha_t, dalpha_t
+            return _as_32(net.embed(params, z_t), z_t, alpha_t, dalpha_t)
 
         inputs, z_t, *alphas = jax.lax.cond(step < gaussian.end, curriculum, discrete)
         return this.uniform_nelbo(params, key_dropout, inputs, z_t, tuple(alphas), batch)

@@ -1,5 +1,6 @@
 """The Python door, on a trained network."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -140,6 +141,15 @@ def test_score_estimates_the_bound(params):
     noise = np.random.default_rng(0).integers(0, 300, (8, 32))
     assert duo_jax.score(params, noise, n_samples=64).nll > many.nll + 3 * many.stderr
     assert np.isnan(duo_jax.score(params, text, n_samples=1).stderr)
+
+
+def test_a_score_is_a_pair(params):
+    score = duo_jax.score(params, "The river is long", n_samples=2)
+    nll, stderr = score
+    assert (nll, stderr) == (score.nll, score.stderr)
+    assert float(score) == nll
+    assert copy.deepcopy(score).tokens == score.tokens
+    assert "tokens=" in repr(score)
 
 
 def test_an_autoregressive_score_counts_what_is_predicted(params):

@@ -83,6 +83,13 @@ def test_import_is_light_and_starts_no_backend():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize(
+    "name", ["diffusion.uniform.q_sample", "models.dit.DiT", "sampling.generate", "config.default"]
+)
+def test_what_lies_inside_is_found_by_its_name(name):
+    subprocess.run([sys.executable, "-c", f"import duo_jax; duo_jax.{name}"], check=True, cwd=ROOT)
+
+
 def test_no_tensorflow_and_no_torch_behind_the_whole_package():
     code = (
         "import sys, duo_jax.modes; heavy = {'tensorflow', 'torch'} & set(sys.modules); assert not heavy, heavy;"

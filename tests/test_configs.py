@@ -74,6 +74,8 @@ def test_a_recipe_traces(path):
         ({"train.lr": float("nan")}, "must be a finite number"),
         ({"algo.curriculum.start": -5}, "must not be negative"),
         ({"sample.length": -1}, "config.sample.length is -1; it must be at least 1"),
+        ({"seed": 2**63}, "config.seed is 9223372036854775808; it must be from 0 to 2\\^32 - 1"),
+        ({"sample.seed": -1}, "config.sample.seed is -1; it must be from 0"),
         ({"algo.name": "d3pm", "algo.schedule": "cosine"}, "config.algo.schedule is 'cosine', but the chain of d3pm"),
     ],
 )

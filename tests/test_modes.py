@@ -9,6 +9,7 @@ from helpers import make_config, trained_settings
 
 from duo_jax import api, files, modes
 from duo_jax.errors import UserError
+from duo_jax.training import checkpoint
 from duo_jax.training import run as run_lib
 
 
@@ -29,6 +30,27 @@ def test_a_checkpoints_evaluation_lies_in_its_runs_folder(copy, text_folder):
     report = json.loads((copy / "eval.json").read_text())
     assert (report["step"], report["batches"], report["batch_size"]) == (15, 3, 16)
     assert sorted((copy / "checkpoints").rglob("*")) == before
+
+
+def test_an_evaluation_is_of_the_step_that_it_tells(copy, text_folder, monkeypatch):
+    """Of a run that goes on: a checkpoint appears while the one before it is read."""
+    newest = copy / "checkpoints" / "20"
+    newest.rename(copy / "later")
+    read = checkpoint.read
+
+    def while_read(*args, **kwargs):
+        (copy / "later").rename(newest)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "read", while_read)
+    config = make_config({**trained_settings(text_folder), "mode": "eval", "eval.batches": 1})
+    modes.run(config, str(copy))
+    first = json.loads((copy / "eval.json").read_text())
+    monkeypatch.undo()
+    modes.run(config, str(copy / "checkpoints" / "15"))
+    again = json.loads((copy / "eval.json").read_text())
+    assert first["step"] == 15
+    assert first == again
 
 
 def test_samples_are_not_overwritten(copy, text_folder, capsys):

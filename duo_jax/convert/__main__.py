@@ -44,9 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if Path(args.to).suffix != ".ckpt":
         convert.check_new(args.to)  # before minutes are spent on reading
     asked = {name: getattr(args, name) for name in ("algo", "heads", "length", "tokenizer")}
-    params = api.load(args.source, ema=args.ema, **asked)
-    folder = convert.place(args.source)
-    step = checkpoint.find(folder)[1] if folder.is_dir() else 0
+    source, step = args.source, 0
+    if (folder := convert.place(source)).is_dir() and checkpoint.is_run(folder):
+        run, step = checkpoint.find(folder)
+        source = checkpoint.folder_of(run, step)
+    elif folder.is_dir():
+        step = convert.step(folder)
+    params = api.load(source, ema=args.ema, **asked)
     api.export(params, args.to, step=step)
     net = params.network
     progress.say(

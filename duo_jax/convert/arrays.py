@@ -164,12 +164,14 @@ def to_torch(params: Mapping[str, Any] | Params, *, heads: int | None = None) ->
     The parameters are in the reference's order; its rotary buffer comes last.
 
     Args:
-        params: as `from_torch` returns, or as `duo_jax.load` does.
+        params: as `from_torch` returns, alone or as `{"params": ...}`, or as `duo_jax.load` does.
         heads: attention heads, on which the reference's rotary buffer depends; without it, as parameters alone do not tell
             it, that buffer is left out.
     """
     if isinstance(params, Params):
         params, heads = jax.device_get(params.weights), params.network.heads
+    elif set(params) == {"params"}:
+        params = params["params"]
     blocks = sum(key.startswith("block_") for key in params)
     state = {}
     for ours, theirs in _pairs(blocks, adaln="time_in" in params).items():

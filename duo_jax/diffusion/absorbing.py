@@ -222,8 +222,8 @@ def d3pm_nelbo(
     alpha_t = as_float(per_token(alpha_t, x.shape))
     noise_t = jnp.maximum(1.0 - alpha_t, _MIN_NOISE)
     reveal = jnp.minimum(1.0 / (n_steps * noise_t), 1.0)
-    # 1 - alpha_s; the last step leaves no noise, and rounding must not leave some either.
-    noise_s = jnp.maximum(noise_t - 1.0 / n_steps, 0.0)
+    # 1 - alpha_s; the last step leaves no noise, and rounding must not leave some either: t lies on the grid, at 1/T there.
+    noise_s = jnp.where(noise_t * n_steps < 1.5, 0.0, noise_t - 1.0 / n_steps)
     p_mask = jnp.exp(-nll(logits, jnp.full_like(x, mask_id)))
     spared = p_mask * alpha_t / noise_t
     safe = jnp.where(noise_s > 0.0, noise_s, 1.0)

@@ -10,8 +10,8 @@ from duo_jax.errors import UserError
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises UserError unless there are at least two tokens to choose between."""
-    if vocab_size < 2:
+    """Raises UserError unless there are at least two tokens to choose between; a traced number is taken as it is."""
+    if not isinstance(vocab_size, jax.core.Tracer) and vocab_size < 2:
         raise UserError(f"vocab_size must be at least 2, not {vocab_size}")
 
 

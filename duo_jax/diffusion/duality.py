@@ -62,7 +62,7 @@ def alpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
     T = K/(K-1) E[Phi(M) - Phi(M - mu)].
     """
     check_vocab_size(vocab_size)
-    gamma = jnp.asarray(gamma, dtype=jnp.result_type(gamma, jnp.float32))
+    gamma = as_float(gamma)
     z, log_weight, tail = _nodes(vocab_size)
     side = np.where(z > 0, 1.0, -1.0)  # take the difference in the tail that is small
     z, weight, tail, side = (jnp.asarray(v, gamma.dtype) for v in (z, np.exp(log_weight) * side, tail, side))
@@ -76,7 +76,7 @@ def dalpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
     The loss wants d alpha / d t, which is this times gamma_max - gamma_min.
     """
     check_vocab_size(vocab_size)
-    gamma = jnp.asarray(gamma, dtype=jnp.result_type(gamma, jnp.float32))
+    gamma = as_float(gamma)
     z, log_weight, _ = (jnp.asarray(v, gamma.dtype) for v in _nodes(vocab_size))
     mu = jnp.exp(-0.5 * gamma)
     log_density = jax.nn.logsumexp(log_weight - 0.5 * (z - mu[..., None]) ** 2, axis=-1)
@@ -140,19 +140,21 @@ def tempered_topk(
     true = signal + noise * jax.random.normal(true_key, x.shape)
     other_ids = distinct_others(ids_key, x, min(k, vocab_size - 1), vocab_size)
 
-    slot = jnp.arange(k)
-    rank = jnp.sum(others[..., :k] > true[..., None], axis=-1, keepdims=True)
+    slot = jnp.arange(n_drawn + 1)
+    rank = jnp.sum(others > true[..., None], axis=-1, keepdims=True)
     values = jnp.where(slot == rank, true[..., None], _open_slot(others, slot, rank))
-    ids = jnp.where(slot == rank, x[..., None], _open_slot(other_ids, slot, rank)).astype(jnp.int32)
+    ids = jnp.where(slot[:k] == rank, x[..., None], _open_slot(other_ids, slot[:k], rank)).astype(jnp.int32)
 
-    # Exponents are taken from the largest entry: those of w / tau itself have lost digits of w where tau is small.
+    # Exponents are taken from the largest entry: those of w / tau itself have lost digits of w where tau is small. The
+    # largest's own is 0 by decree: compiled, the two sides of a difference may be rounded apart, and 1 / tau magnifies that.
     top = values[..., :1]
-    terms = [(others - top) / tau, (true[..., None] - top) / tau]
+    exponents = jnp.where(slot == 0, 0.0, jnp.minimum((values - top) / tau, 0.0))
+    terms = [exponents]
     n_rest = vocab_size - 1 - n_drawn
     if n_rest:
         terms.append(_log_rest(rest_key, others[..., -1] / tau, noise / tau, n_rest)[..., None] - top / tau)
     log_total = jax.nn.logsumexp(jnp.concatenate(terms, axis=-1), axis=-1, keepdims=True)
-    return jnp.exp((values - top) / tau - log_total), ids, ids[..., 0]
+    return jnp.exp(exponents[..., :k] - log_total), ids, ids[..., 0]
 
 
 def entries_in_sight(tau: float, gamma_min: float, vocab_size: int, most: int) -> int | None:
@@ -166,6 +168,8 @@ def entries_in_sight(tau: float, gamma_min: float, vocab_size: int, most: int) -
     Phi(M). Its tail has Chernoff's bound, which is averaged over M.
     """
     check_vocab_size(vocab_size)
+    if most < 1:
+        return None
     noise = math.sqrt(1.0 / (1.0 + math.exp(-gamma_min)))
     near = tau / noise * math.log(2.0**24 * vocab_size)
     z, log_weight, _ = _nodes(vocab_size)

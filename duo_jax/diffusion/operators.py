@@ -240,7 +240,7 @@ def by_name(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> O
 
 
 def check_levels(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> None:
-    """Raises UserError where an operator, which may be a fit, gives signal levels outside (0, 1) on a range of gamma.
+    """Raises UserError where an operator, which may be a fit, gives signal levels outside (0, 1] on a range of gamma.
 
     There a token has no distribution and no noise level -log(alpha).
     """
@@ -250,5 +250,5 @@ def check_levels(name: str, vocab_size: int, gamma_min: float, gamma_max: float)
     if not 0.0 < alpha.min() <= alpha.max() <= 1.0:
         raise UserError(
             f"for gamma from {gamma_min:g} to {gamma_max:g} and {vocab_size} tokens the operator {name} gives signal levels "
-            f"from {alpha.min():.3g} to {alpha.max():.3g}, outside (0, 1); use the exact operator"
+            f"from {alpha.min():.3g} to {alpha.max():.3g}, outside (0, 1]; use the exact operator"
         )

@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     known = kept(path, [field.name for field in dataclasses.fields(generative.Quality)])
     found = {name: checkpoint.find(workdir) for name, workdir in args.models.items()}
     judge = judges.load(args.judge)
-    read = {name: checkpoint.read(workdir) for name, workdir in args.models.items()}
+    read = {name: checkpoint.read(checkpoint.folder_of(*place)) for name, place in found.items()}
     models = {name: (read[name][0], f"{folder} at step {step:,}") for name, (folder, step) in found.items()}
     run = next((name for name, (_, record) in read.items() if "config" in record), None)
     if run is None:

@@ -30,8 +30,10 @@ def choose(requested: str, device: Hardware, *, dtype: jnp.dtype, head_dim: int,
         length: of the text.
 
     Raises:
-        UserError: cuDNN was asked for by name and cannot do it.
+        UserError: another name, or cuDNN was asked for by name and cannot do it.
     """
+    if requested not in ("auto", "xla", "cudnn"):
+        raise UserError(f"attention is {requested!r}; choose auto, xla or cudnn.")
     if requested == "xla":
         return "xla", "as asked"
     obstacle, capability = None, device.compute_capability

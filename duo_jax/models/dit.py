@@ -36,9 +36,9 @@ def _embedding_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = j
 
 
 def time_features(sigma: jax.Array, size: int = TIME_FEATURES, max_period: float = 10_000.0) -> jax.Array:
-    """Returns sinusoidal features `[B, size]` of `sigma [B]`: cosines, then sines."""
+    """Returns sinusoidal features `[B, size]` of `sigma`, `[B]` or `[B, 1]`: cosines, then sines."""
     frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
-    angle = sigma.astype(jnp.float32)[:, None] * frequency
+    angle = jnp.asarray(sigma, jnp.float32).reshape(-1, 1) * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
@@ -272,7 +272,7 @@ class DiT(nn.Module):
 
         Args:
             x: what `embedded` returned.
-            sigma: noise level -log(alpha_t), `[B]`; None without adaLN.
+            sigma: noise level -log(alpha_t), `[B]` or one for all rows; None without adaLN.
             train: whether dropout acts; it then needs an rng named `dropout`.
             lengths: `[B]`, how many tokens each row has; what stands after them is not seen. None: all L.
         """
@@ -284,7 +284,8 @@ class DiT(nn.Module):
             for layer in self.layers:
                 x = layer(x, cond, cos, sin, train)
         else:
-            x = self._through_blocks(x, cond, cos, sin, self.make_rng("dropout") if train else None, lengths)
+            dropout_key = self.make_rng("dropout") if train and self.dropout else None
+            x = self._through_blocks(x, cond, cos, sin, dropout_key, lengths)
         shift, scale = self.modulation_final(cond) if self.adaln else (None, None)
         return self.norm_final(x, scale, shift)
 
@@ -343,7 +344,7 @@ class DiT(nn.Module):
     def __call__(
         self,
         inputs: jax.Array,
-        sigma: jax.Array | None,
+        sigma: jax.Array | None = None,
         weights: jax.Array | None = None,
         *,
         train: bool = False,

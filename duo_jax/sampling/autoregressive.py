@@ -37,7 +37,7 @@ def run(
         current, cache = carry
         keys, position, fixed, is_held, told = step
         hidden, cache = module.apply(variables, current[:, None], cache, position, method=DiT.next_hidden)
-        logits = categorical.without(network.logits(weights, hidden[:, 0]), network.mask_id) / temperature
+        logits = categorical.without(network.logits(weights, hidden[:, 0]) / temperature, network.mask_id)
         if settings.nucleus:
             logits = categorical.nucleus(logits, top_p)
         following = jnp.where(is_held, fixed, categorical.draw(keys, logits))

@@ -268,7 +268,7 @@ def run(
 
         call = needed(carry, step, asked)
         networks = len(carry.states)
-        costs = jnp.array([networks, networks * jnp.sum(asked)])
+        costs = jnp.array([networks, networks * jnp.sum(asked)], jnp.int32)
         if call is True:
             states = move(carry.states)
         else:
@@ -345,6 +345,10 @@ def walk(
         raise UserError("an autoregressive process has no denoiser; sample its network with duo_jax.sample.")
     check_temperature(temperature)
     check_guidance(guidance)
+    if unconditional_fn is None and (isinstance(guidance, jax.core.Tracer) or guidance != 1):
+        raise UserError(
+            "guidance leads away from a second denoiser; give it as unconditional_fn, or leave guidance at 1."
+        )
     settings = Settings(
         n_steps=n_steps,
         sampler=sampler,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +133,10 @@ class Psi:
         value, inverse = level
         with jax.ensure_compile_time_eval():
             at = float(schedule.inverse(value)) if inverse else value
+        if not LAST_T < at < 1.0:
+            raise UserError(
+                f"psi's time_profile {self.time_profile} has its constant level at t = {at:g}, outside (1e-5, 1)."
+            )
         high, middle, low = self.segments(n_steps)
         if not high or not low:
             raise UserError(
@@ -206,6 +212,8 @@ class Settings:
     tells: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.n_steps, numbers.Integral):
+            raise UserError(f"n_steps is {self.n_steps!r}; it must be a whole number.")
         if self.n_steps < 1:
             raise UserError(f"n_steps is {self.n_steps}; a sampler takes at least 1 step.")
         for name, value, allowed in (
@@ -222,6 +230,10 @@ class Settings:
             )
         if self.process == "absorbing" and self.mask_id is None:
             raise UserError("the absorbing process needs mask_id, the id of its masked tokens.")
+        if self.process == "uniform" and (self.score or self.mask_id is not None):
+            raise UserError(
+                "score and mask_id are of the absorbing process; give process='absorbing', or leave them out."
+            )
         if self.sampler == "analytic" and not self.score:
             raise UserError(
                 "sampler is 'analytic', which needs log-scores as SEDD gives them; choose ancestral or psi."
@@ -327,8 +339,9 @@ def check_guidance(guidance: jax.typing.ArrayLike) -> None:
 
 
 def check_temperature(temperature: jax.typing.ArrayLike) -> None:
-    """Raises UserError unless a temperature is at least 0.001, which is as good as greedy."""
-    if not isinstance(temperature, jax.core.Tracer) and not temperature >= 1e-3:
+    """Raises UserError unless a temperature is finite, and at least 0.001, which is as good as greedy."""
+    if not isinstance(temperature, jax.core.Tracer) and not 1e-3 <= temperature < math.inf:
         raise UserError(
-            f"temperature is {temperature}; it must be at least 0.001, where 1 leaves the network's distribution as it is."
+            f"temperature is {temperature}; it must be a finite number of at least 0.001, where 1 leaves the network's "
+            "distribution as it is."
         )

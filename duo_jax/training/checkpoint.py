@@ -220,8 +220,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, then lets go of the folder."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def _guard(self, call: Any) -> None:
         try:
@@ -285,6 +287,11 @@ def find(path: str | Path) -> tuple[Path, int]:
     if not found:
         raise UserError(f"{path} holds no checkpoint; give a run's workdir or one of its folders {FOLDER}/STEP.")
     return run or path, max(found)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Returns the folder that holds what `find` found, whatever a run that goes on adds to its own in the meantime."""
+    return run if is_converted(run) else run / FOLDER / str(step)
 
 
 def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]:

@@ -49,9 +49,14 @@ def _process(algo: str) -> str:
 def prepared(config: ConfigDict) -> Path:
     """Returns the folder of token shards; the first process makes it if need be, and the others wait."""
     if jax.process_count() > 1:
+        mistake = None
         if jax.process_index() == 0:
-            prepare.prepare(config.data)
-        multihost_utils.sync_global_devices("prepared")
+            try:
+                prepare.prepare(config.data)
+            except UserError as error:
+                mistake = error
+        if multihost_utils.broadcast_one_to_all(np.asarray(mistake is not None)):
+            raise mistake or UserError("the first process could not prepare the data; its message tells why.")
     return prepare.prepare(config.data)
 
 
@@ -287,6 +292,10 @@ class Run:
             UserError: `config.sample` does not fit the network.
         """
         config = self.config.sample
+        if self.network.algo == "ar" and config.length is not None and config.length < 2:
+            raise UserError(
+                "config.sample.length is 1, but an autoregressive network's first token is given; make it 2 or more."
+            )
         settings = sampling.Settings.for_network(
             self.network,
             config.n_steps,

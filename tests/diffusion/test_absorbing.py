@@ -122,6 +122,18 @@ def test_d3pm_is_the_divergence_of_the_two_posteriors(n_steps):
     assert absorbing.d3pm_nelbo(jnp.log(p), jnp.array(2), jnp.array(2), 0.5, MASK) == 0.0
 
 
+@pytest.mark.parametrize("n_steps", [1190, 10_000, 50_000])
+def test_d3pms_last_step_leaves_no_noise_however_its_time_is_rounded(n_steps):
+    p = np.float64(softmax(np.random.default_rng(0).normal(size=K)))
+    alpha_t = jnp.float32(1.0) - jnp.float32(1) / n_steps
+    noise = 1.0 - np.float64(alpha_t)  # as rounded
+    reveal = min(1 / (n_steps * noise), 1.0)
+    # With no noise left, what the network gives to the mask is lost altogether.
+    expected = n_steps * (-reveal * np.log(p[2]) + np.log1p(p[MASK] * (1 - noise) / noise))
+    loss = absorbing.d3pm_nelbo(jnp.float32(np.log(p)), jnp.array(MASK), jnp.array(2), alpha_t, MASK, n_steps)
+    np.testing.assert_allclose(loss, expected, rtol=2e-6)
+
+
 def test_sedd_step_draws_from_the_staggered_score():
     score = np.float32(np.random.default_rng(0).uniform(0.05, 0.6, K))
     n = 40_000

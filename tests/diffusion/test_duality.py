@@ -163,6 +163,25 @@ def test_efficient_curriculum_weights_follow_the_full_softmax(k, top, gamma, tau
         assert stats.ks_2samp(ours.ravel(), theirs.ravel()).pvalue > FALSE_ALARM
 
 
+@pytest.mark.parametrize("k", [20, 50_258])
+@pytest.mark.parametrize("top", [1, 5])
+def test_efficient_curriculum_compiled_at_the_papers_temperature(k, top):
+    """1 / tau = 1000 magnifies whatever the compiler rounds apart: the weights' sum is one, and no more."""
+    x = jnp.full((100, 200), 1)
+    weights, ids, z_t = jax.jit(duality.tempered_topk, static_argnums=(4, 5))(
+        jax.random.key(9), x, jnp.full(100, -2.7), 1e-3, top, k
+    )
+    assert float(jnp.max(weights.sum(-1))) <= 1 + 1e-6
+    assert float(jnp.max(weights)) <= 1.0
+    assert (weights[..., :1] >= weights).all()
+    np.testing.assert_array_equal(ids[..., 0], z_t)
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+def test_small_vocabularies_are_drawn_whole(k):
+    assert duality.entries_in_sight(1e-3, -3.5, k, k // 8) is None
+
+
 @pytest.mark.parametrize(
     ("k", "gamma", "tau"), [(50, -2.0, 1e-3), (400, -2.5, 3e-3), (3000, -3.5, 1e-3), (3000, -1.0, 1e-2)]
 )

@@ -1,12 +1,16 @@
 """Attention against its formula in float64, and what its gradient keeps."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from duo_jax import hardware
+from duo_jax.errors import UserError
+from duo_jax.hardware import Hardware
 from duo_jax.models import attention
 
 attend = functools.partial(attention.attend, requested="xla")
@@ -96,3 +100,15 @@ def test_a_query_attends_to_its_past_as_in_the_whole_text():
     for position in (0, 7, 23):
         alone = attention.attend_to_past(q[:, position : position + 1], k, v, jnp.int32(position))
         np.testing.assert_allclose(alone[:, 0], whole[:, position], rtol=2e-5, atol=1e-6)
+
+
+def test_another_name_is_refused():
+    with pytest.raises(UserError, match="choose auto, xla or cudnn"):
+        attention.choose("flash", Hardware("cpu"), dtype=jnp.float32, head_dim=8, length=4)
+
+
+@pytest.mark.parametrize(("named", "expected"), [("8.0", 8.0), ("gfx942", 0.0), (None, 0.0)])
+def test_the_compute_capability_of_any_gpu_is_a_number(named, expected, monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", compute_capability=named, memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert hardware.present().compute_capability == expected

@@ -234,3 +234,13 @@ def test_guidance_of_one_step(sample, weight):
     result = sample(p, 8, 20_000, 1, unconditional_fn=second, guidance=weight)
     assert int(result.network_calls) == 4
     assert p_value(result.tokens, exact) > FALSE_ALARM
+
+
+def test_a_process_that_computes_in_float64_samples_too():
+    log_p = jnp.log(jnp.asarray([0.5, 0.3, 0.2]))
+    with jax.enable_x64(True):
+        tokens = sampling.generate(
+            lambda z, sigma: jnp.broadcast_to(log_p, (*z.shape, 3)), jax.random.key(0), (4, 5), 3,
+            schedule=schedules.log_linear(), n_steps=3,
+        )  # fmt: skip
+    assert tokens.dtype == jnp.int32

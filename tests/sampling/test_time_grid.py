@@ -194,6 +194,11 @@ def test_guided_posteriors_equal_the_references(golden, weight, top_p):
         ({"sampler": "psi", "psi": "wild-0.5"}, "choose one of pure-posterior"),
         ({"sampler": "psi", "psi": "constant-1.5"}, "in \\[0, 1\\]"),
         ({"tokens": [1]}, "come together"),
+        ({"guidance": 2.0}, "give it as unconditional_fn"),
+        ({"score": True}, "are of the absorbing process"),
+        ({"mask_id": 2}, "are of the absorbing process"),
+        ({"temperature": np.inf}, "a finite number of at least 0.001"),
+        ({"n_steps": 1.5}, "n_steps is 1.5; it must be a whole number"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(kwargs, message):
@@ -208,6 +213,8 @@ def test_grids_that_cannot_be_are_refused():
         sampling.Psi(high_frac=0.7, middle_frac=0.7)
     with pytest.raises(UserError, match="time_profile is 'linear-constant-linear-2'"):
         sampling.Psi(time_profile="linear-constant-linear-2")
+    with pytest.raises(UserError, match="outside \\(1e-5, 1\\)"):
+        sampling.Settings(9, sampler="psi", psi=sampling.Psi(time_profile="linear-constant-linear-0.0005-inv"))
     late = sampling.Psi(time_profile="linear-constant-linear-0.9")
     with pytest.raises(UserError, match="needs steps before and after"):
         sampling.Settings(4, sampler="psi", psi=late)
