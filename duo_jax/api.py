@@ -184,7 +184,7 @@ def sample(
             texts with fewer calls; for sedd also `analytic`; `autoregressive` for ar, where `ancestral` is the same.
         noise_removal: the last call: `ancestral` (a draw), `greedy` (the most probable tokens: cleaner, less
             diverse), `none`.
-        top_p: nucleus: at each step the smallest set of tokens with this much probability is kept; 1 keeps all.
+        top_p: nucleus: at each step a token is kept if the probabilities above its own sum to at most this; 1 keeps all.
         prompt: how the texts begin, after BOS: one string for all, or one for each.
         infill: texts with gaps, `___` (three or more underscores), which share evenly what the rest leaves of the length,
             one for all or one for each; or a pair of arrays (tokens, mask), `[L]` or `[B, L]`, true where a token is held.

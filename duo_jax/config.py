@@ -153,7 +153,7 @@ def default() -> ConfigDict:
     config.sample.stride = 0  # new tokens a window of such a text; 0: half the network's length
     config.sample.sampler = "ancestral"  # ancestral | psi | ancestral_cache | analytic | autoregressive
     config.sample.noise_removal = "ancestral"  # ancestral | greedy | none
-    config.sample.top_p = 1.0  # nucleus: keep the smallest set of tokens with this much probability
+    config.sample.top_p = 1.0  # nucleus: a token is kept if the probabilities above its own sum to at most this
     config.sample.temperature = 1.0  # below 1 makes probable tokens more so
     config.sample.prompt = ""  # how the texts begin
     config.sample.negative_prompt = ""  # of mode = sample: what guidance leads away from instead of no prompt

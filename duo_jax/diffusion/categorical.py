@@ -87,7 +87,11 @@ def nucleus(logits: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:
     """Keeps the most probable tokens of total mass `top_p`, and sets the other logits to -inf (not renormalised).
 
     logits `[..., K]`; `top_p` in (0, 1] a scalar (may be traced) or `[...]`. A token stays when the mass of those
-    strictly more probable is at most `top_p`; so the token that crosses the threshold stays, as do its exact ties.
+    strictly more probable is at most `top_p`, but for float32's rounding; so the token that takes the mass beyond it
+    stays, as do its exact ties, and where the mass meets it exactly, the next token stays as well.
+
+    Raises:
+        UserError: a Python number that is not in (0, 1]; an array is not looked at.
     """
     if isinstance(top_p, int | float) and not 0.0 < top_p <= 1.0:
         raise UserError(f"top_p must lie in (0, 1], not {top_p}")

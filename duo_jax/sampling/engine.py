@@ -325,7 +325,7 @@ def walk(
         n_steps: steps of the time grid.
         sampler: see `Settings`, as for `noise_removal`, `process`, `mask_id`, `score`, `early_stop`, `trajectory`.
         noise_removal: the last call.
-        top_p: nucleus: the smallest set of tokens with this much probability is kept; 1 keeps all.
+        top_p: nucleus: a token is kept if the probabilities above its own sum to at most this; 1 keeps all.
         temperature: divides the logarithms of p.
         psi: of the `psi` sampler: a `Psi`, or one kappa mode for all steps.
         process: `uniform` or `absorbing`.
