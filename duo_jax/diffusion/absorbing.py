@@ -1,8 +1,9 @@
 """Absorbing-state baselines: the masking process and the bounds of MDLM, SEDD and D3PM; and the autoregressive loss.
 
 MDLM (arXiv 2406.07524), SEDD (arXiv 2310.16834), D3PM (arXiv 2107.03006). Tokens `[B, L]`, logits `[B, L, K]`; a signal
-level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]`. As in `uniform`, what visits the vocabulary takes any leading
-shape `[...]`. A masked token carries the id `mask_id`, one of the K. Losses are in nats per token.
+level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]`, and any other shape raises UserError. As in `uniform`, what visits the
+vocabulary takes any leading shape `[...]`. A masked token carries the id `mask_id`, one of the K. Losses are in nats per
+token.
 """
 
 import math
@@ -216,6 +217,9 @@ def d3pm_nelbo(
     With u = alpha_s - alpha_t, r = u/(1-alpha_t) and m the mask, the divergence is
     r (log(1 + alpha_s/(1-alpha_s) p_m) - log p_x) - log(1 + p_m r/((1-alpha_s)(1 + alpha_t/(1-alpha_t) p_m))),
     every term of order 1/T, so that the factor T magnifies no rounding.
+
+    Raises:
+        UserError: `n_steps` below 1, or an alpha_t of another shape.
     """
     if n_steps < 1:
         raise UserError(f"D3PM's number of steps must be at least 1, not {n_steps}")

@@ -19,6 +19,9 @@ def per_token(value: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Spreads a signal level over the tokens: scalar, `[B]`, `[B, 1]` or `[B, L]` to `shape` = `[B, L]`.
 
     Axes are matched from the left, so `[B]` is one value a sequence even where B = L.
+
+    Raises:
+        UserError: any other shape.
     """
     value = jnp.asarray(value)
     if value.ndim > len(shape) or any(have not in (1, want) for have, want in zip(value.shape, shape, strict=False)):

@@ -25,6 +25,9 @@ def trajectory_pair(
     x int `[B, L]`, gamma_s <= gamma_t. Dividing w by its noise scale leaves mu x + eps, mu = exp(-gamma/2): x wins
     where mu + eps_x exceeds the largest of the other eps, and otherwise that same largest wins at both times. So three
     draws a token are enough: eps_x, the largest of K-1 normals, and which token holds it.
+
+    Raises:
+        UserError: K below 2, or a gamma of another shape.
     """
     check_vocab_size(vocab_size)
     true_key, largest_key, id_key = jax.random.split(key, 3)
@@ -47,6 +50,9 @@ def doubling_dt(step: jax.typing.ArrayLike, round_length: int = 10_000, n_steps:
     """dt = 2^(step // round_length) / n_steps, at most 1: each round takes steps twice as long (I, section 5.2).
 
     `step` may be traced; float32 of its shape. A new round, hence a new teacher, starts where step % round_length = 0.
+
+    Raises:
+        UserError: `round_length` or `n_steps` below 1.
     """
     if round_length < 1 or n_steps < 1:
         raise UserError(f"a round ({round_length}) and the number of steps ({n_steps}) must be at least 1")
@@ -56,7 +62,11 @@ def doubling_dt(step: jax.typing.ArrayLike, round_length: int = 10_000, n_steps:
 
 
 def linear_dt(step: jax.typing.ArrayLike, max_steps: int, dt_start: float = 1e-3, dt_end: float = 0.25) -> jax.Array:
-    """dt growing linearly from dt_start at step 0 to dt_end at max_steps, constant after; float32 of step's shape."""
+    """dt growing linearly from dt_start at step 0 to dt_end at max_steps, constant after; float32 of step's shape.
+
+    Raises:
+        UserError: `max_steps` below 1.
+    """
     if max_steps < 1:
         raise UserError(f"the number of steps over which dt grows must be at least 1, not {max_steps}")
     return dt_start + jnp.clip(jnp.asarray(step) / max_steps, 0.0, 1.0) * (dt_end - dt_start)

@@ -60,6 +60,9 @@ def alpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
     T = (K P - 1)/(K - 1) with P = E_u[Phi(mu + u)^(K-1)]. P is 1/K plus almost nothing where alpha is small, so this
     sums a rearrangement whose every term is positive: with M the largest of K-1 normals,
     T = K/(K-1) E[Phi(M) - Phi(M - mu)].
+
+    Raises:
+        UserError: K below 2.
     """
     check_vocab_size(vocab_size)
     gamma = as_float(gamma)
@@ -74,6 +77,9 @@ def dalpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
     """The derivative d T / d gamma < 0, same shape as gamma: -(mu/2) K/(K-1) E[phi(M - mu)], M as in `alpha`.
 
     The loss wants d alpha / d t, which is this times gamma_max - gamma_min.
+
+    Raises:
+        UserError: K below 2.
     """
     check_vocab_size(vocab_size)
     gamma = as_float(gamma)
@@ -84,14 +90,22 @@ def dalpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
 
 
 def gaussian_latent(key: jax.Array, x: jax.Array, gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
-    """Draws w_t = a x + s eps, float32 `[B, L, K]` (I, eq. 7): x int `[B, L]`. Its argmax has alpha_t = T(gamma_t)."""
+    """Draws w_t = a x + s eps, float32 `[B, L, K]` (I, eq. 7): x int `[B, L]`. Its argmax has alpha_t = T(gamma_t).
+
+    Raises:
+        UserError: K below 2, or a gamma of another shape.
+    """
     check_vocab_size(vocab_size)
     eps = jax.random.normal(key, (*x.shape, vocab_size), jnp.float32)
     return latent_from_noise(eps, x, gamma)
 
 
 def latent_from_noise(eps: jax.Array, x: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:
-    """w_t = a x + s eps for given eps `[B, L, K]`; one eps at two gammas gives a deterministic trajectory."""
+    """w_t = a x + s eps for given eps `[B, L, K]`; one eps at two gammas gives a deterministic trajectory.
+
+    Raises:
+        UserError: a gamma of another shape.
+    """
     signal, noise = signal_and_noise(per_token(gamma, x.shape)[..., None])
     ids = lax.broadcasted_iota(jnp.int32, eps.shape, eps.ndim - 1)
     return noise * eps + jnp.where(ids == x[..., None], signal, 0.0)
@@ -109,6 +123,9 @@ def tau(
 
     The exponent moves linearly, and waits before `start`. From `end` on the curriculum is over, and 1e-10 stands for
     the limit, in which the relaxed input is the one-hot z_t. `step` may be traced; float32 of its shape.
+
+    Raises:
+        UserError: `end` lies before `start`.
     """
     if end < start:
         raise UserError(f"the curriculum ends (step {end}) before it starts (step {start})")
@@ -129,6 +146,9 @@ def tempered_topk(
     Of the K-1 other tokens only the largest few matter, and which tokens those are is a uniform choice. Those kept, and
     more up to 32, enter the denominator as drawn; the sum of all below them is drawn from a log-normal with the mean
     and variance of a sum of truncated terms. With K-1 <= max(k, 32) everything is exact.
+
+    Raises:
+        UserError: K below 2, k outside 1 .. K, or a gamma of another shape.
     """
     check_vocab_size(vocab_size)
     if not 1 <= k <= vocab_size:
@@ -166,6 +186,9 @@ def entries_in_sight(tau: float, gamma_min: float, vocab_size: int, most: int) -
 
     Given M, the largest of the K-1 others, how many of the rest lie within d below it is binomial with p = 1 - Phi(M-d) /
     Phi(M). Its tail has Chernoff's bound, which is averaged over M.
+
+    Raises:
+        UserError: K below 2.
     """
     check_vocab_size(vocab_size)
     if most < 1:

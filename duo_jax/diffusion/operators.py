@@ -26,7 +26,7 @@ _FIT_POINTS = 513
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """The operator by quadrature, see `duality.alpha`."""
+    """The operator by quadrature, see `duality.alpha`, which raises UserError for K below 2, as does its derivative."""
 
     vocab_size: int
 
@@ -195,7 +195,11 @@ def _exact_on_host(gamma: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def inverse(alpha: float, vocab_size: int) -> float:
-    """The gamma at which T(gamma) = alpha, by bisection on the host in float64; alpha in (0, 1)."""
+    """The gamma at which T(gamma) = alpha, by bisection on the host in float64; alpha in (0, 1).
+
+    Raises:
+        UserError: K below 2, or an alpha outside (0, 1).
+    """
     check_vocab_size(vocab_size)
     if not 0.0 < alpha < 1.0:
         raise UserError(f"no gamma gives the signal level alpha = {alpha}; it must lie strictly between 0 and 1")
@@ -214,7 +218,7 @@ def by_name(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> O
     """The operator that a configuration names, one of `NAMES`, for gamma in [gamma_min, gamma_max].
 
     Raises:
-        UserError: there is none of that name, the range is empty, or it is one that the series does not reach.
+        UserError: K below 2, there is none of that name, the range is empty, or it is one that the series does not reach.
     """
     check_vocab_size(vocab_size)
     if name not in NAMES:
@@ -242,7 +246,7 @@ def by_name(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> O
 def check_levels(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> None:
     """Raises UserError where an operator, which may be a fit, gives signal levels outside (0, 1] on a range of gamma.
 
-    There a token has no distribution and no noise level -log(alpha).
+    There a token has no distribution and no noise level -log(alpha). What `by_name` refuses is refused, too.
     """
     with jax.ensure_compile_time_eval():
         gamma = jnp.linspace(gamma_min, gamma_max, _FIT_POINTS)

@@ -1,7 +1,8 @@
 """Noise schedules: the signal level alpha as a function of time, its derivative and inverse, and how times are drawn.
 
 Time runs from 0 (clean) to 1 (noise); alpha falls from 1 to nearly 0. A schedule is a frozen dataclass, so that it can
-be a static argument of a jitted function. `alpha`, `dalpha` and `inverse` take arrays of any shape and keep it.
+be a static argument of a jitted function. `alpha`, `dalpha` and `inverse` take arrays of any shape and keep it. An eps
+outside [0, 1) raises UserError.
 """
 
 import dataclasses
@@ -88,12 +89,12 @@ class Cosine:
 
 
 def log_linear(eps: float = 1e-3) -> LogLinear:
-    """The log-linear schedule, whose last signal level is alpha(1) = eps."""
+    """The log-linear schedule, whose last signal level is alpha(1) = eps. UserError for an eps outside [0, 1)."""
     return LogLinear(eps)
 
 
 def cosine(eps: float = 1e-3) -> Cosine:
-    """The cosine schedule, whose last signal level is alpha(1) = 1 - cos(pi/2 eps)."""
+    """The cosine schedule, whose last signal level is alpha(1) = 1 - cos(pi/2 eps). UserError for an eps outside [0, 1)."""
     return Cosine(eps)
 
 
@@ -101,7 +102,11 @@ _BY_NAME = {"log-linear": log_linear, "cosine": cosine}
 
 
 def by_name(name: str, eps: float = 1e-3) -> Schedule:
-    """The schedule that a configuration names: `log-linear` (also `log_linear`, `loglinear`) or `cosine`."""
+    """The schedule that a configuration names: `log-linear` (also `log_linear`, `loglinear`) or `cosine`.
+
+    Raises:
+        UserError: another name, or an eps outside [0, 1).
+    """
     spelled = {"log_linear": "log-linear", "loglinear": "log-linear"}.get(name, name)
     if spelled not in _BY_NAME:
         raise UserError(f"unknown noise schedule {name!r}: choose one of {', '.join(_BY_NAME)}")

@@ -1,8 +1,9 @@
 """Uniform-state diffusion: forward process, posterior, mixture step and the Rao-Blackwellised NELBO.
 
 *The Diffusion Duality* (arXiv 2506.10892, "I"). Shapes: tokens `[B, L]`, logits and probabilities `[B, L, K]`. A signal
-level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]` (see `arrays.per_token`). The functions that visit the vocabulary
-take any leading shape `[...]`, so that a caller may walk through the tokens in chunks. Losses are in nats.
+level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]` (see `arrays.per_token`), and any other shape raises UserError.
+What visits the vocabulary takes any leading shape `[...]`, so that a caller may walk through the tokens in chunks. Losses
+are in nats.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,11 @@ _MIN_SIGNAL = 1e-12
 
 
 def q_sample(key: jax.Array, x: jax.Array, alpha_t: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
-    """Draws z_t ~ Cat(alpha_t x + (1-alpha_t)/K 1) (I, eq. 2): x int `[B, L]`, to int32 `[B, L]`."""
+    """Draws z_t ~ Cat(alpha_t x + (1-alpha_t)/K 1) (I, eq. 2): x int `[B, L]`, to int32 `[B, L]`.
+
+    Raises:
+        UserError: K below 2, or an alpha_t of another shape.
+    """
     check_vocab_size(vocab_size)
     move_key, token_key = jax.random.split(key)
     moves = jax.random.uniform(move_key, x.shape) < 1.0 - per_token(alpha_t, x.shape)
@@ -171,6 +176,9 @@ def nelbo(
     """The bound's integrand f (I, eq. for f_Duo), nats per token `[B, L]`: log_p `[B, L, K]`, z_t and x int `[B, L]`.
 
     Its mean over t ~ U[0, 1] and z_t ~ q(z_t | x) bounds the negative log-likelihood. dalpha_t is d alpha / d t < 0.
+
+    Raises:
+        UserError: see `nelbo_from_logits`.
     """
     return nelbo_from_logits(log_p, z_t, x, alpha_t, dalpha_t)
 
@@ -191,6 +199,9 @@ def nelbo_from_logits(
     a sum of non-negative terms. In this order nothing of order K or 1/alpha cancels: float32 keeps about 1e-6 relative.
     On a CPU the exponentials are kept: beside logits and gradient, one temporary of the vocabulary's size. Elsewhere each
     pass over the logits takes them anew.
+
+    Raises:
+        UserError: the shapes do not agree, or K is below 2.
     """
     if not z_t.shape == x.shape == logits.shape[:-1]:
         raise UserError(f"logits {logits.shape}, z_t {z_t.shape} and x {x.shape} do not describe the same tokens")
