@@ -29,7 +29,31 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """All that is needed to rebuild a network but its weights; hashable, so that it can be static under `jax.jit`."""
+    """All that is needed to rebuild a network but its weights; hashable, so that it can be static under `jax.jit`.
+
+    Attributes:
+        algo: one of `config.ALGORITHMS`; the process, the loss and, for `ar`, causal attention follow from it.
+        vocab_size: K, special ids included.
+        mask_id: the id that `mdlm`, `sedd` and `d3pm` mask with and that `ar` never predicts; no other algorithm uses it.
+        length: tokens in a row of training, BOS and EOS included; in sampling, what the network reads at once.
+        dim: width D of the residual stream.
+        blocks: number of transformer blocks.
+        heads: attention heads; D / heads is even.
+        cond_dim: width of the noise-level conditioning.
+        dropout: the rate on the two residual branches of every block, in training.
+        schedule: alpha_t: `log_linear` or `cosine`.
+        eps: of the schedule: alpha at t = 1 if `log_linear`, 1 - cos(pi/2 eps) if `cosine`; d3pm is told no sigma beyond
+            -log(eps).
+        eps_t: the smallest time t, of [0, 1], drawn in training and evaluation; d3pm has its chain's times.
+        d3pm_steps: T, the steps of D3PM's chain.
+        precision: the type of the blocks' and the head's products: `float32`, `bfloat16`, `float16` or `auto`, see
+            `compute_dtype`.
+        attention: `auto`, `xla` or `cudnn`.
+        head_mib: MiB for a chunk of logits, and what is made of it, on a device; None: see `chunk_budget`.
+        remat: what the backward pass computes anew to save memory: `none`, `dots` (all but matrix products) or `blocks`
+            (all but what goes from block to block).
+        scan: whether the blocks are one loop, which compiles in the time of one block.
+    """
 
     algo: str
     vocab_size: int
