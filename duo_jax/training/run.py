@@ -62,12 +62,14 @@ def prepared(config: ConfigDict) -> Path:
 
 def heldout(config: ConfigDict, text: Path | Store) -> pipeline.HeldoutBatches:
     """Returns this process's share of the batches that `config.eval` asks for of a folder of shards, or of a whole text."""
+    asked = config.eval.batches or None  # 0: all of them
+    batches = asked if isinstance(text, Path) else None  # a whole text is read to its end
     return pipeline.heldout_batches(
         text,
         length=config.model.length,
         batch_size=config.eval.batch_size,
         packing=config.data.packing,
-        max_batches=config.eval.batches or None if isinstance(text, Path) else None,
+        max_batches=batches,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
