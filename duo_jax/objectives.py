@@ -112,11 +112,11 @@ class Gaussian:
         return duality.entries_in_sight(warmest, self.gamma_min, vocab_size, min(_FEW, vocab_size // 8))
 
     def gamma(self, t: jax.Array) -> jax.Array:
-        """Returns gamma_t."""
+        """Returns gamma_t, of t's shape."""
         return duality.gamma(t, self.gamma_min, self.gamma_max)
 
     def alpha(self, t: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-        """Returns alpha_t = T(gamma_t) and its derivative in t."""
+        """Returns alpha_t = T(gamma_t) and its derivative in t, each of t's shape."""
         operator = operators.by_name(self.operator, vocab_size, self.gamma_min, self.gamma_max)
         gamma = self.gamma(t)
         return operator.alpha(gamma), operator.dalpha(gamma) * (self.gamma_max - self.gamma_min)
@@ -229,7 +229,10 @@ class Objective:
         alphas: tuple[jax.Array, jax.Array],
         batch: Batch,
     ) -> tuple[jax.Array, Aux]:
-        """Returns the mean of f_Duo for a network that reads `inputs` in place of z_t; `alphas` are alpha_t, alpha'_t."""
+        """Returns the mean of f_Duo, a scalar in nats, for a network that reads `inputs` in place of z_t int `[B, L]`.
+
+        `inputs` are ids `[B, L]` or embedded `[B, L, D]` (float); `alphas` are alpha_t and its derivative in t, `[B]` each.
+        """
         x, visitor = batch["tokens"], uniform.nelbo_from_logits
         hidden = self.hidden(params, key, inputs, schedules.sigma(alphas[0]), batch)
         return self.mean(params, hidden, batch["mask"], visitor, z_t, x, *_spread(x, *alphas))
