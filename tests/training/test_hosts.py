@@ -1,4 +1,4 @@
-"""Several hosts, as two processes on this machine: training, evaluation, and starting from a checkpoint."""
+"""Several hosts, as two processes on this machine: training, evaluation, sampling, and starting from a checkpoint."""
 
 import json
 import os
@@ -6,8 +6,11 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from helpers import ROOT, tiny_settings
+from helpers import ROOT, make_config, tiny_settings
+
+from duo_jax import modes
 
 HOST = """
 import json, sys
@@ -18,16 +21,33 @@ from helpers import make_config
 settings, workdir = json.loads(sys.argv[3]), sys.argv[4]
 modes.run(make_config(settings), workdir + "/first")
 modes.run(make_config({**settings, "mode": "eval"}), workdir + "/first")
+modes.run(make_config({**settings, "mode": "sample"}), workdir + "/first")
 modes.run(make_config({**settings, "algo.name": "dcd", "init_from": workdir + "/first"}), workdir + "/second")
 print(json.dumps({"processes": jax.process_count(), "devices": jax.device_count()}))
 """
 
 
-def test_two_processes_train_evaluate_and_distil_together(text_folder, tmp_path):
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def losses(workdir):
+    """Training losses by step, and the held-out one."""
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    return [row[name] for name in ("train/loss", "heldout/nll") for row in rows if name in row]
+
+
+def test_two_processes_train_evaluate_sample_and_distil_together(text_folder, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    settings = {**tiny_settings(text_folder), "train.steps": 4, "eval.every": 0, "sample.every": 0}
+    settings = {
+        **tiny_settings(text_folder),
+        "train.steps": 4,
+        "train.log_every": 1,
+        "eval.every": 0,
+        "sample.every": 0,
+    }
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     hosts = [
         subprocess.Popen(
@@ -50,6 +70,13 @@ def test_two_processes_train_evaluate_and_distil_together(text_folder, tmp_path)
     assert "Done: 4 steps" in results[0][0]
     assert "Done:" not in results[1][0], "one process speaks for all"
     evaluated = json.loads((tmp_path / "first" / "eval.json").read_text())
-    rows = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(tmp_path / "first" / "metrics.jsonl")
     assert evaluated["ppl"] == pytest.approx(rows[-1]["heldout/ppl"], rel=1e-6)
+    assert [path.name for path in (tmp_path / "first").glob("samples*.jsonl")] == ["samples.jsonl"]
+    assert [len(row["tokens"]) for row in read_jsonl(tmp_path / "first" / "samples.jsonl")] == [32, 32]
     assert (tmp_path / "second" / "checkpoints" / "4").is_dir()
+    # One process sees the same batches with the same noise.
+    modes.run(make_config(settings), str(tmp_path / "alone"))
+    together, alone = losses(tmp_path / "first"), losses(tmp_path / "alone")
+    assert len(alone) > 3
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
