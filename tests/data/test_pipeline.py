@@ -74,7 +74,7 @@ def test_every_epoch_is_another_permutation(folder, all_rows, epoch):
         assert len(set(rows)) == len(rows) == epoch * BATCH
         assert set(rows) <= set(all_rows)
         assert rows != all_rows[: len(rows)]
-    assert epochs[0] != epochs[1] != epochs[2]
+    assert len({tuple(rows) for rows in epochs}) == 3
     assert set().union(*epochs) == set(all_rows)  # each epoch drops other rows
 
 

@@ -154,7 +154,6 @@ def test_changed_text_is_noticed(tmp_path):
 
 def test_folder_of_another_tokenizer(folder, data, tmp_path):
     other = copy(data, dir=str(tmp_path), bpe_size=310)
-    folder.parent.joinpath(folder.name)
     target = prepare.shards_folder(other)
     target.mkdir()
     for name, content in snapshot(folder).items():
