@@ -44,14 +44,14 @@ def test_loss_and_gradients_equal_the_references(golden, head_mib):
         )  # fmt: skip
 
     value, gradient = loss(jax.tree.map(jnp.asarray, params))
-    np.testing.assert_allclose(value, data["e2e_nll"].mean(), rtol=1e-4)
+    np.testing.assert_allclose(value, data["e2e_nll"].mean(), rtol=2e-6)
     theirs = convert.to_torch(gradient, heads=4)
     for name in json.loads(str(data["e2e_grad_names"])):
         if f"e2e_grad/{name}" in data:
             want = data[f"e2e_grad/{name}"]
-            np.testing.assert_allclose(theirs[name], want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+            np.testing.assert_allclose(theirs[name], want, rtol=5e-5, atol=5e-6 * np.abs(want).max())
     norms = [np.linalg.norm(theirs[name]) for name in json.loads(str(data["e2e_grad_names"]))]
-    np.testing.assert_allclose(norms, data["e2e_grad_norms"], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(norms, data["e2e_grad_norms"], rtol=5e-6, atol=1e-7)
 
 
 def test_an_untrained_networks_loss_is_the_uniform_one():
@@ -61,7 +61,7 @@ def test_an_untrained_networks_loss_is_the_uniform_one():
     batch = {"tokens": jax.random.randint(jax.random.key(1), (512, 64), 0, 10), "mask": jnp.ones((512, 64))}
     loss, aux = jax.jit(objectives.evaluation_loss(net))(weights, batch, jax.random.key(2), 0)
     assert aux["tokens"] == 512 * 64
-    np.testing.assert_allclose(loss, np.log(10), rtol=0.02)
+    np.testing.assert_allclose(loss, np.log(10), rtol=6e-3)
     np.testing.assert_allclose(aux["nll"] / aux["tokens"], loss, rtol=1e-6)
 
 

@@ -179,7 +179,7 @@ def test_recomputing_or_scanning_blocks_changes_no_number(remat, scan):
         return (net.hidden(weights, x, sigma, jax.random.key(3)) ** 2).sum()
 
     want, got = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(weights, net) for net in nets)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4 * np.abs(a).max()), want, got)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max()), want, got)
 
 
 def test_the_compute_type_is_what_the_devices_matrix_units_know():

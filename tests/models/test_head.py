@@ -30,7 +30,7 @@ def test_the_chunked_head_equals_the_dense_one(chunk):
     grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
     (gradient, value), (dense_gradient, dense_value) = grad(hidden, weights, chunk), grad(hidden, weights, 12)
     np.testing.assert_allclose(value, dense_value, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), gradient, dense_gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), gradient, dense_gradient)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 36, 100])
