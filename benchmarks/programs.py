@@ -135,7 +135,7 @@ def training(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device] 
     """
     mesh = partition.create_mesh(config.mesh, devices)
     batch_size = config.train.batch_size
-    partition.check_batch(mesh, "train.batch_size", batch_size)
+    partition.check_batch(mesh, "train.batch_size", batch_size, config.train.accumulate)
     network = Network.from_config(config, vocab_size)
     initial, step, state = loop.compile_step(config, network, mesh)
     rows = jax.ShapeDtypeStruct((batch_size, network.length), np.int32, sharding=partition.batch_sharding(mesh))

@@ -13,10 +13,10 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "export", "load", "sample", "score"]
+__all__ = ["UserError", "export", "load", "sample", "score", "train"]
 
 _ROOMS = ("api", "config", "convert", "data", "diffusion", "evaluation", "models", "objectives", "sampling", "training")
-_HOMES = dict.fromkeys(("export", "load", "sample", "score"), "duo_jax.api") | {"UserError": "duo_jax.errors"}
+_HOMES = dict.fromkeys(("export", "load", "sample", "score", "train"), "duo_jax.api") | {"UserError": "duo_jax.errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from duo_jax import convert, sampling
 from duo_jax import progress as progress_lib
 from duo_jax.data import tokenizers
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood
-from duo_jax.models.network import Params
+from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint
 
 # Rows that one call of the network scores at once; a bounded number, whatever the length of the text.
@@ -111,13 +112,33 @@ def load(
     Raises:
         UserError: there is no checkpoint, it cannot be read, or it does not tell what it must.
     """
-    asked = {"algo": algo, "heads": heads, "length": length, "tokenizer": tokenizer}
-    path = convert.local(path_or_name)
-    if not path.is_dir() or not checkpoint.is_run(path):
-        return convert.read(path_or_name, ema=ema, **asked)
-    if given := [name for name, value in asked.items() if value is not None]:
-        raise UserError(f"{path} is a run of duo_jax, which tells all of its network; leave out {', '.join(given)}.")
-    return checkpoint.read(path, ema=ema)[0]
+    return checkpoint.load(path_or_name, ema=ema, algo=algo, heads=heads, length=length, tokenizer=tokenizer)
+
+
+def train(config: ConfigDict, workdir: str | Path, *, writers: Sequence[Any] = ()) -> None:
+    """Trains as a config says, and leaves everything in a folder, from which `load` takes the network.
+
+    The same call goes on from the newest checkpoint. What the command line does, also in a loop over configs:
+
+        config = duo_jax.config.default()  # or a recipe's get_config()
+        config.train.lr = 1e-4
+        duo_jax.train(config, "runs/mine")
+
+    Args:
+        config: every setting; see `duo_jax.config`.
+        workdir: the run's folder.
+        writers: are given all numbers and texts, beside the run's own files, and closed at the end: objects with methods of
+            `clu.metric_writers`, `write_scalars(step, scalars)`, `write_texts(step, texts)`, `write_hparams(hparams)`,
+            `flush()` and `close()`.
+
+    Raises:
+        UserError: what a user can put right, in one sentence.
+        KeyboardInterrupt: a signal stopped the run, after it was saved.
+    """
+    from duo_jax.training import loop
+
+    if loop.train(config, str(Path(workdir).expanduser()), writers) is not None:
+        raise KeyboardInterrupt
 
 
 def export(params: Params, to: str | Path, *, step: int = 0) -> None:
@@ -203,7 +224,7 @@ def sample(
     Raises:
         UserError: a setting that cannot be, or a prompt that does not fit or that the tokenizer cannot encode.
     """
-    network = params.network
+    network = _network_of(params)
     length = network.length if length is None else length
     rows_at_once = _ROWS_A_DEVICE * jax.local_device_count() if rows_at_once is None else rows_at_once
     n_steps, batch_size, rows_at_once, early_stop = (
@@ -272,7 +293,7 @@ def sample(
             each(samples(texts))
         if not tells:
             bar.update(len(texts.tokens))
-        elif finished < batch_size:
+        elif batch_size > len(texts.tokens):
             bar.set_postfix_str(f"{finished:,} of {batch_size:,} texts", refresh=False)
 
     with contextlib.ExitStack() as stack:
@@ -300,6 +321,13 @@ def sample(
         if tells:
             jax.effects_barrier()
     return samples(texts)
+
+
+def _network_of(params: Any) -> Network:
+    """Returns a network's settings, or raises UserError if what is given is none."""
+    if not isinstance(params, Params):
+        raise UserError(f"params is {type(params).__name__}; give what duo_jax.load returns.")
+    return params.network
 
 
 def _whole(name: str, value: Any) -> int:
@@ -380,7 +408,9 @@ def score(
         UserError: an empty input, ids outside the vocabulary, rows longer than the network's, a prompt of tokens, or no
             estimates.
     """
-    network = params.network
+    if isinstance(text_or_tokens, list | tuple) and text_or_tokens and all(isinstance(x, str) for x in text_or_tokens):
+        raise UserError("score takes one text; for several: [duo_jax.score(params, text) for text in texts].")
+    network = _network_of(params)
     n_samples, seed = _whole("n_samples", n_samples), _seed(seed)
     if n_samples < 1:
         raise UserError(f"n_samples is {n_samples}; at least 1 estimate is needed, and 2 for a standard error.")

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -43,9 +44,14 @@ def _load(path: str) -> ConfigDict:
         config = module.get_config()
     except Exception as error:
         raise UserError(f"--config={path} cannot be read: {type(error).__name__}: {error}.") from error
-    missing = config_lib.flatten(config_lib.default()).keys() - (
-        config_lib.flatten(config).keys() if isinstance(config, ConfigDict) else set()
-    )
+    known = config_lib.flatten(config_lib.default()).keys()
+    has = config_lib.flatten(config).keys() if isinstance(config, ConfigDict) else set()
+    missing = known - has
+    if strange := sorted(has - known):
+        near = difflib.get_close_matches(strange[0], known, n=1)
+        raise UserError(
+            f"--config={path} sets {strange[0]}, which is no setting" + (f"; did you mean {near[0]}?" if near else ".")
+        )
     if missing:
         raise UserError(
             f"--config={path}: its get_config() lacks {', '.join(sorted(missing)[:3])}; start from duo_jax.config.default()."
@@ -111,6 +117,13 @@ def parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; settings are given as --config.name=value.")
     return rest
+
+
+def given() -> set[str] | None:
+    """Returns which settings the command line gives, such as `train.steps`; None where there is no command line."""
+    if not flags.FLAGS.is_parsed() or "config" not in flags.FLAGS:
+        return None
+    return set(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def keep_memory() -> None:
@@ -192,6 +205,22 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:  # JAX's own type of error derives from it
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(UserError(_out_of_memory(str(error))))
+
+
+def _out_of_memory(told: str) -> str:
+    """Returns what is to be done where JAX tells that memory ran out."""
+    asked = re.search(r"allocat\w+ (\d+) bytes", told)
+    size = f"; {int(asked[1]) / 2**30:.1f} GiB more were asked for" if asked else ""
+    return (
+        f"the device's memory is full{size}. In training take config.train.accumulate=2 or more, config.model.remat=blocks "
+        "with config.model.scan=True, a smaller config.model.head_mib or config.train.batch_size; elsewhere a smaller "
+        "config.eval.batch_size or config.sample.batch_size. A run goes on from its last checkpoint with the same command; "
+        "python -m benchmarks.memory tells which batch fits."
+    )
 
 
 def run(main: Callable[..., int | None], *, workdir: bool = False) -> None:

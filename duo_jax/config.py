@@ -43,12 +43,13 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 # What a run may change when it goes on from a checkpoint; all else must be as it was, or it is another run.
 FREE_ON_RESUME = (
-    "mode", "distributed", "train.steps", "train.lr", "train.warmup", "train.log_every", "eval", "sample", "checkpoint",
+    "mode", "distributed", "train.steps", "train.lr", "train.warmup", "train.accumulate", "train.log_every",
+    "eval", "sample", "checkpoint",
     "mesh", "data.dir", "data.path", "data.workers", "model.head_mib", "model.attention", "model.remat", "model.scan",
     "init_from",
 )  # fmt: skip
 # What of this changes what is learnt from then on, and is therefore told.
-TOLD_ON_RESUME = ("train.lr", "train.warmup")
+TOLD_ON_RESUME = ("train.lr", "train.warmup", "train.accumulate")
 
 
 def default() -> ConfigDict:
@@ -123,7 +124,8 @@ def default() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = 1_000_000
-    config.train.batch_size = 512  # rows over all devices
+    config.train.batch_size = 512  # rows of a step, over all devices
+    config.train.accumulate = 1  # parts in which a step's rows are computed one after the other, to save memory
     config.train.lr = 3e-4
     config.train.warmup = 2_500  # steps of linear warm-up, constant afterwards
     config.train.beta1 = 0.9
@@ -251,7 +253,8 @@ def check(config: ConfigDict) -> None:
         ("ancestral", "psi", "ancestral_cache", "analytic", "autoregressive"),
     )
     _one_of("sample.noise_removal", config.sample.noise_removal, ("ancestral", "greedy", "none"))
-    for name in ("train.steps", "train.batch_size", "train.log_every", "eval.batch_size", "sample.n_steps",
+    for name in ("train.steps", "train.batch_size", "train.accumulate", "train.log_every", "eval.batch_size",
+                 "sample.n_steps",
                  "sample.batch_size", "sample.length", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib",
                  "algo.curriculum.k", "algo.d3pm_steps", "algo.distillation.round_length",
                  "algo.distillation.n_steps"):  # fmt: skip
@@ -278,6 +281,16 @@ def check(config: ConfigDict) -> None:
     for name in ("train.lr", "train.clip", "train.adam_eps", "sample.temperature"):
         if flatten(config)[name] <= 0:
             raise UserError(f"config.{name} is {flatten(config)[name]}; it must be positive.")
+    if config.train.batch_size % config.train.accumulate:
+        raise UserError(
+            f"config.train.batch_size = {config.train.batch_size} must be a multiple of config.train.accumulate = "
+            f"{config.train.accumulate}, the number of its parts."
+        )
+    distil = config.algo.distillation
+    if distil.dt == "linear" and not 0 < distil.dt_start <= distil.dt_end <= 1:
+        raise UserError(
+            f"config.algo.distillation.dt_start = {distil.dt_start} and dt_end = {distil.dt_end} must rise within (0, 1]."
+        )
     if config.algo.name == "d3pm" and config.algo.schedule != "log_linear":
         raise UserError(
             f"config.algo.schedule is {config.algo.schedule!r}, but the chain of d3pm has alpha = 1 - t and no other; "

@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from duo_jax import api, files, progress, sampling
+from duo_jax import api, cli, files, progress, sampling
+from duo_jax import config as config_lib
 from duo_jax.data import prepare, text_sets
 from duo_jax.data.packing import Store
 from duo_jax.data.tokenizers import Tokenizer
@@ -37,14 +39,14 @@ _SHOWN = 4
 _HOW = ("precision", "attention", "head_mib", "dropout", "remat", "scan")
 
 
-def _load(config: ConfigDict, workdir: str) -> tuple[Params, Path, int]:
-    """Returns the newest network of a workdir, computed as the config says, the run's folder, and the step.
+def _load(config: ConfigDict, workdir: str) -> tuple[Params, Path, int, dict[str, Any]]:
+    """Returns the newest network of a workdir, computed as the config says, its run's folder, its step and its record.
 
     Raises:
         UserError: the config describes another network than the checkpoint's.
     """
     home, step = checkpoint.find(workdir)
-    params, _ = checkpoint.read(checkpoint.folder_of(home, step))
+    params, record = checkpoint.read(checkpoint.folder_of(home, step))
     wanted = Network.from_config(config, params.network.vocab_size, params.network.mask_id)
     same = dataclasses.replace(wanted, **{name: getattr(params.network, name) for name in _HOW})
     if same != params.network:
@@ -52,8 +54,29 @@ def _load(config: ConfigDict, workdir: str) -> tuple[Params, Path, int]:
         different = [
             f"{name} is {want[name]}, in the checkpoint {have[name]}" for name in have if have[name] != want[name]
         ]
-        raise UserError(f"the config is not that of the network in {workdir}: {'; '.join(different)}.")
-    return params.replace(network=wanted), home, step
+        was, now = config_lib.flatten(record.get("config", {})), config_lib.flatten(config)
+        flags = [
+            f"--config.{key}={was[key]}"
+            for key in was
+            if key.split(".")[0] in ("model", "algo") and key.split(".")[-1] not in _HOW and was[key] != now.get(key)
+        ]
+        hint = f" It was trained with {' '.join(flags)}." if flags else ""
+        raise UserError(f"the config is not that of the network in {workdir}: {'; '.join(different)}.{hint}")
+    return params.replace(network=wanted), home, step, record
+
+
+def _own_data(config: ConfigDict, record: dict[str, Any]) -> ConfigDict:
+    """Returns the config with the data that the run was trained on, unless the command line names other data.
+
+    A recipe's data may be others than the run's, whose flags nobody wants to give again. From Python, where nothing tells
+    what was meant, the config counts as it is.
+    """
+    given = cli.given()
+    if given is None or any(name.startswith("data.") for name in given) or "config" not in record:
+        return config
+    own = config.copy_and_resolve_references().unlock()
+    own.data.update(record["config"]["data"] | {"workers": config.data.workers})
+    return own.lock()
 
 
 def _heldout_folder(config: ConfigDict, workdir: str, tokenizer: Tokenizer) -> Path:
@@ -78,7 +101,9 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     That of the held-out split goes to `WORKDIR/eval.json`; that of the text at `config.eval.path` is a line more of
     `WORKDIR/zero_shot.jsonl`. Where the workdir is the folder of a checkpoint, that of its run is written to.
     """
-    params, home, step = _load(config, workdir)
+    params, home, step, record = _load(config, workdir)
+    if not config.eval.path:
+        config = _own_data(config, record)
     path = home / ("zero_shot.jsonl" if config.eval.path else "eval.json")
     files.check_file(path)
     mesh = partition.create_mesh(config.mesh)
@@ -107,6 +132,7 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
                 file.write(json.dumps(about | {"packing": config.data.packing} | report) + "\n")
         else:
             report |= {"batches": config.eval.batches}
+            report |= {name: config.data[name] for name in ("source", "path", "packing")}
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     progress.say(f"  written to {path}")
 
@@ -136,7 +162,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
     If that exists, to `samples-2.jsonl` and so on: samples may be hours of work. Where the workdir is the folder of a
     checkpoint, that of its run is written to.
     """
-    params, home, _ = _load(config, workdir)
+    params, home, *_ = _load(config, workdir)
     files.check_folder(home)
     path = home / "samples.jsonl" if jax.process_index() else _new(home, "samples", ".jsonl")
     chosen = config.sample

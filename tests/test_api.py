@@ -152,6 +152,17 @@ def test_a_score_is_a_pair(params):
     assert "tokens=" in repr(score)
 
 
+def test_what_is_no_network_is_told(params):
+    for call in (duo_jax.sample, lambda p: duo_jax.score(p, "text")):
+        for wrong in ("quickstart", None, params.weights):
+            with pytest.raises(duo_jax.UserError, match="give what duo_jax.load returns"):
+                call(wrong)
+    with pytest.raises(duo_jax.UserError, match="score takes one text"):
+        duo_jax.score(params, ["a", "b"])
+    assert repr(params).startswith("Params(duo_base, ")
+    assert len(repr(params)) < 300
+
+
 def test_an_autoregressive_score_counts_what_is_predicted(params):
     net = dataclasses.replace(params.network, algo="ar")
     untrained = params.replace(network=net, weights=net.init(jax.random.key(0)))

@@ -5,6 +5,8 @@ import sys
 import pytest
 from helpers import ROOT, run
 
+from duo_jax import cli
+
 MAIN = [sys.executable, "-m", "duo_jax.main"]
 QUICK = [*MAIN, "--config=configs/quickstart.py", "--workdir=unused"]
 
@@ -48,6 +50,10 @@ def test_a_mistake_gets_one_clear_line(args, expected):
         ("import nothing_of_this_name", "ModuleNotFoundError"),
         ("def get_config(): return None", "lacks"),
         ("x = 1", "get_config"),
+        (
+            "from duo_jax import config\ndef get_config():\n    c = config.default()\n    c.train.stpes = 3\n    return c",
+            "sets train.stpes, which is no setting; did you mean train.steps?",
+        ),
     ],
 )
 def test_a_config_file_that_cannot_be_read(tmp_path, text, expected):
@@ -63,3 +69,14 @@ def test_help_is_help():
     assert "--config" in result.stdout + result.stderr
     assert "  train.steps = 1000000\n" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_memory_that_runs_out_is_told_with_what_to_do(capsys):
+    with pytest.raises(SystemExit) as stopped, cli.one_line_errors():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 26905054768 bytes.")
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: the device's memory is full; 25.1 GiB more")
+    assert "config.train.accumulate" in told
+    with pytest.raises(RuntimeError, match="another"), cli.one_line_errors():
+        raise RuntimeError("another")

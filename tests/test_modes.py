@@ -7,7 +7,7 @@ import types
 import pytest
 from helpers import make_config, trained_settings
 
-from duo_jax import api, files, modes
+from duo_jax import api, cli, files, modes
 from duo_jax.errors import UserError
 from duo_jax.training import checkpoint
 from duo_jax.training import run as run_lib
@@ -51,6 +51,25 @@ def test_an_evaluation_is_of_the_step_that_it_tells(copy, text_folder, monkeypat
     again = json.loads((copy / "eval.json").read_text())
     assert first["step"] == 15
     assert first == again
+
+
+def test_an_evaluation_is_of_the_runs_own_data_unless_others_are_given(copy, text_folder, monkeypatch):
+    """As from the command line, whose recipe is of other data."""
+    settings = {**trained_settings(text_folder), "mode": "eval", "eval.batches": 1}
+    recipe = {name: value for name, value in settings.items() if not name.startswith("data.")}
+    monkeypatch.setattr(cli, "given", lambda: {"eval.batches", "mode"})
+    modes.run(make_config(recipe), str(copy))
+    report = json.loads((copy / "eval.json").read_text())
+    assert (report["source"], report["path"]) == ("text", str(text_folder / "text.jsonl"))
+    monkeypatch.setattr(cli, "given", lambda: {"data.source", "data.path"})
+    with pytest.raises(UserError, match="nowhere"):
+        modes.run(make_config({**settings, "data.path": "nowhere", "data.dir": str(copy / "none")}), str(copy))
+
+
+def test_the_settings_that_a_network_was_trained_with_are_told(copy, text_folder):
+    config = make_config({**trained_settings(text_folder), "mode": "sample", "model.length": 64, "model.dim": 64})
+    with pytest.raises(UserError, match=r"It was trained with --config\.model\.dim=32 --config\.model\.length=32\.$"):
+        modes.run(config, str(copy))
 
 
 def test_samples_are_not_overwritten(copy, text_folder, capsys):

@@ -199,6 +199,14 @@ class Params:
     tokenizer: str = struct.field(pytree_node=False)
     averaged: bool | None = struct.field(pytree_node=False, default=None)
 
+    def __repr__(self) -> str:
+        """Tells what it is, not all of its numbers."""
+        net = self.network
+        return (
+            f"Params({net.algo}, {count(self.weights):,} parameters, D = {net.dim}, {net.blocks} blocks, "
+            f"K = {net.vocab_size:,}, L = {net.length}, tokenizer {self.tokenizer!r})"
+        )
+
 
 def chunk_budget(device: Hardware) -> int:
     """Returns the MiB that a chunk of logits may take: 160 on a CPU, else a thirty-second of the memory within 160 to 4096.

@@ -50,6 +50,11 @@ def _full_disk(error: BaseException) -> bool:
     return False
 
 
+def _size(state: Any) -> int:
+    """Bytes of a state, or of its shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
 def _rest(state: TrainState) -> dict[str, Any]:
     """What a checkpoint keeps beside the weights."""
     names = ("step", "opt_state", "key", "teacher", "loss_scale")
@@ -73,14 +78,19 @@ def _is_no_echo(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Task exception was never retrieved")
 
 
+def _hush() -> None:
+    """Leaves out the tracebacks of Orbax's threads: the first array that fails ends the work on the others, after the error
+    was raised, and each would print one.
+    """
+    if getattr(sys.unraisablehook, "func", None) is not _drop_echoes:
+        sys.unraisablehook = functools.partial(_drop_echoes, sys.unraisablehook)
+
+
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """Turns what Orbax raises on a damaged checkpoint into one sentence."""
     before = sys.unraisablehook
-    # The first array that cannot be read ends the reading. That of the others ends in threads, after the error was raised,
-    # and each would print a traceback: the hook stays where there was an error.
-    if getattr(before, "func", None) is not _drop_echoes:
-        sys.unraisablehook = functools.partial(_drop_echoes, before)
+    _hush()  # the hook stays where there was an error
     try:
         yield
     except Exception as error:
@@ -143,14 +153,14 @@ class Checkpoints:
         """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def check_space(self, state: Any) -> None:
-        """Raises UserError if two more checkpoints of `state` would not fit on the disk."""
-        need = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    def check_space(self, state: Any, number: int) -> None:
+        """Raises UserError if so many more checkpoints of `state` would not fit on the disk."""
+        need = number * _size(state)
         free = shutil.disk_usage(self.folder).free
         if free < need:
             raise UserError(
-                f"{self.folder} has {free / 2**20:,.0f} MiB free, but two checkpoints of this run take {need / 2**20:,.0f} "
-                "MiB; free some space or give another --workdir."
+                f"{self.folder} has {free / 2**20:,.0f} MiB free, but checkpoints of this run, {number} at a time, take "
+                f"{need / 2**20:,.0f} MiB; free some space or give another --workdir."
             )
 
     def save(self, state: TrainState, data: dict[str, Any], record: dict[str, Any]) -> None:
@@ -174,6 +184,11 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),
             record=ocp.args.JsonSave(record),
         )
+        self.wait()
+        if shutil.disk_usage(self.folder).free < _size(
+            state
+        ):  # Orbax, once it writes, tells of it in hundreds of lines
+            raise self._full()
         self._guard(lambda: self._manager.save(step, args=items))
 
     def record(self, step: int) -> dict[str, Any]:
@@ -231,10 +246,15 @@ class Checkpoints:
         except Exception as error:
             if not _full_disk(error):
                 raise
-            raise UserError(
-                f"the disk of {self.folder} is full; the newest whole checkpoint is step {self.latest()}. Free some space "
-                "and run the same command again to go on from there."
-            ) from error
+            _hush()
+            logging.getLogger("asyncio").addFilter(_is_no_echo)
+            raise self._full() from error
+
+    def _full(self) -> UserError:
+        return UserError(
+            f"the disk of {self.folder} is full; the newest whole checkpoint is step {self.latest()}. Free some space "
+            "and run the same command again to go on from there."
+        )
 
 
 def record(config: ConfigDict, network: Network) -> dict[str, Any]:
@@ -287,6 +307,20 @@ def find(path: str | Path) -> tuple[Path, int]:
     if not found:
         raise UserError(f"{path} holds no checkpoint; give a run's workdir or one of its folders {FOLDER}/STEP.")
     return run or path, max(found)
+
+
+def load(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
+    """Returns the network of whatever holds one: see `duo_jax.load`, whose arguments these are.
+
+    Raises:
+        UserError: there is none, it cannot be read, or `asked` tells what a run tells itself.
+    """
+    path = convert.local(path_or_name)
+    if not path.is_dir() or not is_run(path):
+        return convert.read(path_or_name, ema=ema, **asked)
+    if given := [name for name, value in asked.items() if value is not None]:
+        raise UserError(f"{path} is a run of duo_jax, which tells all of its network; leave out {', '.join(given)}.")
+    return read(path, ema=ema)[0]
 
 
 def folder_of(run: Path, step: int) -> Path:

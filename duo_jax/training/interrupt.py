@@ -64,7 +64,13 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Interrupt]:
-        """Handles the signals while the block runs, and puts the old handlers back."""
+        """Handles the signals while the block runs, and puts the old handlers back.
+
+        Off the main thread, where Python lets nobody handle signals, they are left to whoever does.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
         ear, mouth = socket.socketpair()
         mouth.setblocking(False)
         thread = threading.Thread(target=_tell, args=(ear,), daemon=True)

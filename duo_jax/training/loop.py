@@ -6,6 +6,7 @@ import functools
 import math
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -82,6 +83,7 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh) -> tuple[Any,
         "make_loss": objectives.training_loss(config, network, mesh=mesh),
         "optimizer": optimizer,
         "ema": config.train.ema,
+        "accumulate": config.train.accumulate,
     }
     if network.algo == "dcd":
         distil = config.algo.distillation
@@ -109,8 +111,8 @@ def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, initial: Any,
         UserError: the checkpoint is of another run, with the settings that differ; or the disk has no room for a first one.
     """
     latest = checkpoints.latest()
+    checkpoints.check_space(like, 1 if latest else 2)
     if latest is None:
-        checkpoints.check_space(like)
         return initial(run.start_from())
     record = checkpoints.record(latest)
     run.check_record(record, f"the checkpoint of step {latest} in {checkpoints.folder}")
@@ -122,10 +124,15 @@ def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, initial: Any,
     return state
 
 
-def train(config: ConfigDict, workdir: str) -> int | None:
+def train(config: ConfigDict, workdir: str, others: Sequence[Any] = ()) -> int | None:
     """Trains as `config` says, from the newest checkpoint in `workdir` if there is one, and leaves the results there.
 
     Ctrl-C or SIGTERM saves a checkpoint and returns; the same command then goes on.
+
+    Args:
+        config: the recipe.
+        workdir: the run's folder.
+        others: writers beside those of the run's own files; see `duo_jax.train`.
 
     Returns:
         the number of the signal that stopped the run, or None where it came to its end.
@@ -133,7 +140,8 @@ def train(config: ConfigDict, workdir: str) -> int | None:
     Raises:
         UserError: what a user can put right, in one sentence.
     """
-    with Run.open(config, workdir) as run:
+    config_lib.check(config)
+    with Run.open(config, workdir, others) as run:
         initial, step_fn, like = compile_step(config, run.network, run.mesh)
         with Interrupt().watch() as interrupt:  # also while the last checkpoint is written
             checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)

@@ -65,9 +65,14 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree.map(rule, state)
 
 
-def check_batch(mesh: Mesh, name: str, batch_size: int) -> None:
-    """Raises UserError if the devices do not divide a batch."""
-    if batch_size % mesh.size:
+def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
+    """Raises UserError if the devices do not divide a batch, or each of the equal parts that it is computed in."""
+    if batch_size // parts % mesh.size:
+        if parts > 1:
+            raise UserError(
+                f"config.{name} is {batch_size}, in {parts} parts (config.train.accumulate) of {batch_size // parts} rows, "
+                f"which {mesh.size} devices do not divide; take fewer parts, or a larger batch."
+            )
         raise UserError(
             f"config.{name} is {batch_size}, which {mesh.size} devices do not divide; "
             f"{-(-batch_size // mesh.size) * mesh.size} would do."

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,31 @@ def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float
     return {"unigram": likelihood.unigram(counts, shown, given).ppl, "uniform": float(vocab_size)}
 
 
+_SHAPE = ("dim", "blocks", "heads", "cond_dim")
+
+
+def _check_fit(config: ConfigDict, network: Network, start: Network, names: tuple[str, ...]) -> None:
+    """Raises UserError if a network cannot start from the weights of another."""
+    different = [
+        f"{name} is {getattr(network, name)}, there {getattr(start, name)}"
+        for name in names
+        if getattr(network, name) != getattr(start, name)
+    ]
+    if _process(network.algo) != _process(start.algo):
+        different.append(f"algo is {network.algo}, there {start.algo}")
+    if different:
+        raise UserError(
+            f"config.init_from = {config.init_from} does not fit the config: {'; '.join(different)}. Give the settings "
+            "that it was trained with."
+        )
+
+
+def _check_start(config: ConfigDict) -> None:
+    """Raises UserError if training cannot start from `config.init_from`, as far as this shows without the data."""
+    start = checkpoint.load(config.init_from).network
+    _check_fit(config, Network.from_config(config, start.vocab_size, start.mask_id), start, _SHAPE)
+
+
 @dataclasses.dataclass
 class Run:
     """One training run, as the loop sees it."""
@@ -126,23 +151,26 @@ class Run:
     tokenizer: tokenizers.Tokenizer
     batches: pipeline.TrainIterator
     heldout: pipeline.HeldoutBatches
+    others: Sequence[Any] = ()
     levels: dict[str, float] = dataclasses.field(default_factory=dict)
     writer: writers.MultiWriter = dataclasses.field(default_factory=writers.MultiWriter)
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, config: ConfigDict, workdir: str) -> Iterator[Run]:
+    def open(cls, config: ConfigDict, workdir: str, others: Sequence[Any] = ()) -> Iterator[Run]:
         """Prepares the data and everything else that comes before the first step, and closes it all at the end.
+
+        `others` are writers beside those of the run's own files.
 
         Raises:
             UserError: what a user can put right, before any work is done.
         """
         mesh = partition.create_mesh(config.mesh)
-        partition.check_batch(mesh, "train.batch_size", config.train.batch_size)
+        partition.check_batch(mesh, "train.batch_size", config.train.batch_size, config.train.accumulate)
         partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
         place = workdir_lib.check(workdir)
         if config.init_from and not checkpoint.steps(place):
-            checkpoint.find(config.init_from)  # a slip of the pen shows now, not when the data are prepared
+            _check_start(config)  # a slip of the pen shows now, not when the data are prepared
         with workdir_lib.held(place), contextlib.ExitStack() as stack:
             folder = prepared(config)
             tokenizer = prepare.load_tokenizer(folder)
@@ -166,6 +194,7 @@ class Run:
                 tokenizer=tokenizer,
                 batches=batches,
                 heldout=heldout(config, folder),
+                others=others,
             )
             run.sampler()  # a mistake in config.sample shows now, not at the first text
             run.levels = levels(config, folder, network.vocab_size)
@@ -201,19 +230,12 @@ class Run:
         """
         if not self.config.init_from:
             return None
-        params, _ = checkpoint.read(self.config.init_from)
-        have, want = (
-            {name: getattr(net, name) for name in ("vocab_size", "dim", "blocks", "heads", "cond_dim")}
-            for net in (params.network, self.network)
-        )
-        different = [f"{name} is {want[name]}, there {have[name]}" for name in have if have[name] != want[name]]
-        if _process(self.network.algo) != _process(params.network.algo):
-            different.append(f"algo is {self.network.algo}, there {params.network.algo}")
-        if not different and not tokenizers.load(params.tokenizer).same_as(self.tokenizer):
-            different.append("the tokenizer is another one")
-        if different:
+        params = checkpoint.load(self.config.init_from)
+        _check_fit(self.config, self.network, params.network, ("vocab_size", *_SHAPE))
+        if not tokenizers.load(params.tokenizer).same_as(self.tokenizer):
             raise UserError(
-                f"config.init_from = {self.config.init_from} does not fit the config: {'; '.join(different)}."
+                f"config.init_from = {self.config.init_from} does not fit the config: the tokenizer is another one. Train "
+                f"on with its own, --config.data.tokenizer={params.tokenizer}."
             )
         kind = {True: "EMA weights", False: "last weights", None: "weights"}[params.averaged]
         self.say(f"Starting from the {kind} in {self.config.init_from}.")
@@ -228,6 +250,7 @@ class Run:
         self.writer = writers.MultiWriter(
             writers.JsonlWriter(self.workdir / workdir_lib.METRICS, step),
             writers.TensorBoardWriter(self.workdir / workdir_lib.TENSORBOARD, step),
+            *self.others,
         )
         self.writer.write_hparams(config_lib.flatten(config))
         (self.workdir / workdir_lib.CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")

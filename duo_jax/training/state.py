@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     ema: float,
     new_teacher: Callable[[TrainState], Weights] = lambda state: state.teacher,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the next state and the step's loss (nats per token) and gradient norm before clipping. Pure.
 
@@ -90,13 +92,13 @@ def train_step(
         optimizer: as made by `optimizer.create`.
         ema: the average's decay.
         new_teacher: gives the teacher of the step after; the same one as a rule.
+        accumulate: in how many parts of the rows the gradient is computed, one after the other.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    loss_fn = make_loss(state.teacher)
     scaled = isinstance(state.loss_scale, DynamicScale)
-    value_and_grad = state.loss_scale.value_and_grad if scaled else jax.value_and_grad
-    result = value_and_grad(loss_fn, has_aux=True)(state.params, batch, key, state.step)
-    loss_scale, finite, ((loss, _), gradient) = (*result[:2], result[2:]) if scaled else ({}, None, result)
+    gradient_of = functools.partial(_gradient, make_loss(state.teacher), state)
+    found = gradient_of(batch, key) if accumulate == 1 else _sum_of_parts(gradient_of, batch, key, accumulate)
+    loss, gradient, loss_scale, finite = found.loss, found.gradient, found.loss_scale, found.finite
 
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -115,6 +117,52 @@ def train_step(
         metrics |= {"loss_scale": loss_scale.scale, "skipped": skipped.astype(jnp.float32)}
     state = state.replace(step=step, loss_scale=loss_scale, **learnt)
     return state.replace(teacher=new_teacher(state)), metrics
+
+
+class _Found(NamedTuple):
+    """A loss, its gradient, and of how many tokens they are the mean; with a loss scale the next one, else empty."""
+
+    loss: jax.Array
+    gradient: Weights
+    tokens: jax.Array
+    loss_scale: DynamicScale | dict
+    finite: jax.Array
+
+
+def _gradient(loss_fn: LossFn, state: TrainState, batch: Batch, key: jax.Array) -> _Found:
+    if isinstance(state.loss_scale, DynamicScale):
+        scale, finite, (loss, aux), gradient = state.loss_scale.value_and_grad(loss_fn, has_aux=True)(
+            state.params, batch, key, state.step
+        )
+        return _Found(loss, gradient, aux["tokens"], scale, finite)
+    (loss, aux), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key, state.step)
+    return _Found(loss, gradient, aux["tokens"], {}, jnp.asarray(True))
+
+
+def _sum_of_parts(gradient_of: Callable[[Batch, jax.Array], _Found], batch: Batch, key: jax.Array, n: int) -> _Found:
+    """Returns what all rows give from `n` parts of them, each with noise of its own: the mean over the tokens of all."""
+    # Every n-th row, so that each part is spread over the devices as the whole is.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
+
+    def weighed(found: _Found) -> _Found:
+        loss, gradient = jax.tree.map(lambda x: x * found.tokens, (found.loss, found.gradient))
+        return found._replace(loss=loss, gradient=gradient)
+
+    def add(so_far: _Found, part: tuple[Batch, jax.Array]) -> tuple[_Found, None]:
+        found = weighed(gradient_of(part[0], jax.random.fold_in(key, part[1])))
+        total = jax.tree.map(jnp.add, so_far[:3], found[:3])
+        # The next scale follows from the last one and from whether all is finite: where a part is not, its is the smaller.
+        scale = jax.tree.map(jnp.minimum, so_far.loss_scale, found.loss_scale)
+        return _Found(*total, scale, so_far.finite & found.finite), None
+
+    shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda x: x[0], parts), key)
+    nothing = jax.tree.map(jnp.zeros_like, shapes)
+    largest = jax.tree.map(lambda x: jnp.full(x.shape, jnp.finfo(x.dtype).max if jnp.issubdtype(x.dtype, jnp.floating)
+                                              else jnp.iinfo(x.dtype).max, x.dtype), shapes.loss_scale)  # fmt: skip
+    nothing = nothing._replace(loss_scale=largest, finite=jnp.asarray(True))
+    total = jax.lax.scan(add, nothing, (parts, jnp.arange(n)))[0]
+    loss, gradient = jax.tree.map(lambda x: x / jnp.maximum(total.tokens, 1), (total.loss, total.gradient))
+    return total._replace(loss=loss, gradient=gradient)
 
 
 def renew_teacher(state: TrainState, *, every: int, source: str) -> Weights:

@@ -97,6 +97,10 @@ def test_what_does_not_fit_is_refused(trained, text_folder, tmp_path):
         config_lib.check(make_config(base))
     with pytest.raises(UserError, match="dim is 64, there 32"):
         loop.train(make_config({**base, "init_from": str(trained), "model.dim": 64}), str(tmp_path / "a"))
+    # Before the data are prepared, which may take hours.
+    with pytest.raises(UserError, match="dim is 64, there 32.*Give the settings that it was trained with"):
+        nowhere = {"init_from": str(trained), "model.dim": 64, "data.path": str(tmp_path / "no.jsonl"), "data.bpe_size": 310}
+        loop.train(make_config({**base, **nowhere}), str(tmp_path / "a"))
     with pytest.raises(UserError, match="algo is ar, there duo_base"):
         loop.train(make_config({**base, "init_from": str(trained), "algo.name": "ar"}), str(tmp_path / "b"))
     with pytest.raises(UserError, match="does not exist"):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import ROOT, command, make_config, run, tiny_settings, trained_settings
 
+import duo_jax
 from duo_jax import progress
 from duo_jax.errors import UserError
 from duo_jax.evaluation import plots
@@ -213,5 +215,58 @@ def test_a_full_disk_is_named(text_folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"disk of .* is full; .* Free some space"):
         loop.train(make_config(tiny_settings(text_folder)), str(tmp_path))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"MiB free, but two checkpoints"):
+    with pytest.raises(UserError, match=r"MiB free, but checkpoints of this run, 2 at a time"):
         loop.train(make_config(tiny_settings(text_folder)), str(tmp_path / "other"))
+
+
+def test_a_disk_that_fills_up_is_told_before_a_checkpoint_is_begun(text_folder, tmp_path, monkeypatch):
+    usage = checkpoint.shutil.disk_usage
+    saved = []
+
+    def room(folder):
+        saved.append(folder)
+        return usage(folder) if len(saved) < 3 else type("Usage", (), {"free": 1000})()
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", room)
+    with pytest.raises(UserError, match=r"disk of .* is full; the newest whole checkpoint is step 5\. Free some space"):
+        loop.train(make_config(tiny_settings(text_folder)), str(tmp_path))
+    monkeypatch.undo()
+    loop.train(make_config(tiny_settings(text_folder)), str(tmp_path))
+    assert checkpoint.find(tmp_path)[1] == 20
+
+
+class Memory:
+    """A writer that keeps what it is given."""
+
+    def __init__(self):
+        self.rows, self.closed = [], 0
+
+    def write_scalars(self, step, scalars):
+        self.rows.append((step, dict(scalars)))
+
+    def write_texts(self, step, texts):
+        self.rows.append((step, dict(texts)))
+
+    def write_hparams(self, hparams):
+        self.rows.append((0, dict(hparams)))
+
+    def flush(self):
+        pass
+
+    def close(self):
+        self.closed += 1
+
+
+def test_training_from_python_in_a_thread_with_a_writer_and_in_parts(text_folder, tmp_path):
+    config = make_config({**tiny_settings(text_folder), "train.accumulate": 4})
+    memory = Memory()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(duo_jax.train, config, tmp_path, writers=[memory]).result() is None
+    assert duo_jax.load(tmp_path).network.dim == 32
+    steps = {step for step, row in memory.rows if "train/loss" in row}
+    assert {5, 20} <= steps | {step + 1 for step in steps}
+    assert any("heldout/nll" in row for _, row in memory.rows)
+    assert any("samples" in row for _, row in memory.rows)
+    assert memory.closed == 1
+    with pytest.raises(UserError, match=r"config\.train\.steps is 0"):
+        duo_jax.train(make_config({**tiny_settings(text_folder), "train.steps": 0}), tmp_path)

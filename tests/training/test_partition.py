@@ -87,6 +87,9 @@ def test_a_batch_or_mesh_that_does_not_divide_is_refused():
     wide = partition.create_mesh(config, jax.devices() * 4)
     with pytest.raises(UserError, match="is 6, which 4 devices do not divide; 8 would do"):
         partition.check_batch(wide, "train.batch_size", 6)
+    partition.check_batch(wide, "train.batch_size", 8 * wide.size, 8)
+    with pytest.raises(UserError, match="in 2 parts"):
+        partition.check_batch(wide, "train.batch_size", wide.size, 2)
 
 
 def test_only_large_arrays_are_split():
