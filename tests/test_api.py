@@ -155,7 +155,7 @@ def test_a_score_is_a_pair(params):
 def test_what_is_no_network_is_told(params):
     for call in (duo_jax.sample, lambda p: duo_jax.score(p, "text")):
         for wrong in ("quickstart", None, params.weights):
-            with pytest.raises(duo_jax.UserError, match="give what duo_jax.load returns"):
+            with pytest.raises(duo_jax.UserError, match=r"give what duo_jax\.load returns"):
                 call(wrong)
     with pytest.raises(duo_jax.UserError, match="score takes one text"):
         duo_jax.score(params, ["a", "b"])

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -255,6 +256,8 @@ class Run:
         self.writer.write_hparams(config_lib.flatten(config))
         (self.workdir / workdir_lib.CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(self.workdir / checkpoint.TOKENIZER)
+        table = parameter_overview.get_parameter_overview(params, include_stats=False)
+        (self.workdir / workdir_lib.PARAMETERS).write_text(table + "\n", encoding="utf-8")
         for path in (self.workdir / workdir_lib.SAMPLES).glob("*.txt"):
             if path.stem.isdigit() and int(path.stem) > step:
                 path.unlink()  # of steps that are taken anew, like the metrics of these

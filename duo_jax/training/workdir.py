@@ -14,6 +14,7 @@ from duo_jax.training import checkpoint
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
+PARAMETERS = "parameters.txt"
 PICTURE = "perplexity.png"
 SAMPLES = "samples"
 TENSORBOARD = "tensorboard"
@@ -53,7 +54,7 @@ def held(folder: Path) -> Iterator[None]:
     for name in (checkpoint.FOLDER, checkpoint.TOKENIZER, SAMPLES, TENSORBOARD):
         if (folder / name).exists():
             files.check_folder(folder / name)
-    for name in (METRICS, CONFIG, PICTURE):
+    for name in (METRICS, CONFIG, PARAMETERS, PICTURE):
         files.check_file(folder / name)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:

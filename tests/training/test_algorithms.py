@@ -98,13 +98,18 @@ def test_what_does_not_fit_is_refused(trained, text_folder, tmp_path):
     with pytest.raises(UserError, match="dim is 64, there 32"):
         loop.train(make_config({**base, "init_from": str(trained), "model.dim": 64}), str(tmp_path / "a"))
     # Before the data are prepared, which may take hours.
-    with pytest.raises(UserError, match="dim is 64, there 32.*Give the settings that it was trained with"):
-        nowhere = {"init_from": str(trained), "model.dim": 64, "data.path": str(tmp_path / "no.jsonl"), "data.bpe_size": 310}
+    nowhere = {
+        "init_from": str(trained),
+        "model.dim": 64,
+        "data.path": str(tmp_path / "no.jsonl"),
+        "data.bpe_size": 310,
+    }
+    with pytest.raises(UserError, match=r"dim is 64, there 32.*Give the settings that it was trained with"):
         loop.train(make_config({**base, **nowhere}), str(tmp_path / "a"))
     with pytest.raises(UserError, match="algo is ar, there duo_base"):
         loop.train(make_config({**base, "init_from": str(trained), "algo.name": "ar"}), str(tmp_path / "b"))
     with pytest.raises(UserError, match="does not exist"):
         loop.train(make_config({**base, "init_from": str(tmp_path / "nothing")}), str(tmp_path / "c"))
-    settings = {**base, "init_from": str(trained), "algo.gamma_min": 1.0, "algo.gamma_max": 0.0}
+    settings = {**base, "init_from": str(trained), "model.blocks": 2, "algo.gamma_min": 1.0, "algo.gamma_max": 0.0}
     with pytest.raises(UserError, match=r"gamma_min = 1\.000 must lie below"):
         loop.train(make_config(settings), str(tmp_path / "d"))
