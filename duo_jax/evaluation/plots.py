@@ -63,7 +63,8 @@ def few_steps(
 
     Args:
         path: the file.
-        curves: by network and noise removal: (network calls, perplexity, its standard deviation over seeds, entropy).
+        curves: by network, or network and sampler, and by noise removal: (network calls, perplexity, its standard deviation
+            over seeds, entropy).
         level: perplexity and entropy of held-out text.
         judge: the language model that judged.
     """
@@ -72,8 +73,9 @@ def few_steps(
     lines = {"ancestral": "-", "greedy": "--", "none": ":"}
     for (network, removal), rows in curves.items():
         calls, ppl, spread, entropy = zip(*sorted(rows), strict=True)
-        name, color = f"{network}, {removal}", f"C{networks.index(network)}"
-        style = {"marker": "o", "markersize": 4, "color": color, "linestyle": lines[removal]}
+        index = networks.index(network)
+        name, color, marker = f"{network}, {removal}", f"C{index}", "os^D"[index // 10 % 4]  # there are ten colours
+        style = {"marker": marker, "markersize": 4, "color": color, "linestyle": lines[removal]}
         left.errorbar(calls, ppl, yerr=spread, capsize=2, label=name, **style)
         right.plot(calls, entropy, label=name, **style)
     left.axhline(level[0], color="0.35", linestyle=":", label=f"held-out text ({level[0]:.0f})")

@@ -16,7 +16,7 @@ from duo_jax.evaluation import generate_quality, generative, judges
 from duo_jax.training import checkpoint
 
 DOOR = [sys.executable, "-m", "duo_jax.evaluation.generate_quality"]
-COLUMNS = 8
+COLUMNS = 9
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +79,10 @@ def test_the_curve_is_measured_once(trained, autoregressive, judge, tmp_path, do
     assert told.startswith("3 texts a set, top_p 1, temperature 1; ")
     assert len(table) == 2 + 1 + 4 + 1, "a row for held-out text, four of the one network and one of the other"
     assert {line.count("|") for line in table} == {COLUMNS + 1}
-    assert table[2].startswith("| held-out text | - | - | - |")
+    assert table[2].startswith("| held-out text | - | - | - | - |")
     assert "±" not in table[2], "real text has no seeds"
     mean = (rows[1]["ppl"] + rows[2]["ppl"]) / 2
-    assert f"| duo | ancestral | 1 | 2 | {mean:.1f} ±" in table[3]
+    assert f"| duo | ancestral | ancestral | 1 | 2 | {mean:.1f} ±" in table[3]
 
     before = {name: (out / name).read_bytes() for name in names}
     samples = []
@@ -102,6 +102,94 @@ def test_the_curve_is_measured_once(trained, autoregressive, judge, tmp_path, do
     assert len((out / "quality.md").read_text().splitlines()) == 2 + 1 + 2 + 1 + 2
 
 
+def test_samplers_are_compared(trained, autoregressive, judge, tmp_path, door, monkeypatch):
+    out, drawn = tmp_path / "quality", {}
+    from duo_jax.evaluation import plots
+
+    monkeypatch.setattr(plots, "few_steps", lambda path, curves, *_: drawn.update(curves))
+    flags = [f"--models=duo={trained}", f"--models=left={autoregressive}", f"--judge={judge}", f"--out={out}"]
+    flags += ["--num=2", "--steps=2", "--noise_removal=greedy", "--seeds=0"]
+    door(*flags, "--sampler=ancestral,psi", "--psi=constant-0.5,pure-pc")
+    rows = {(r["case"]["model"], r["case"].get("psi")): r for r in json.loads((out / "quality.json").read_text())}
+    assert list(rows) == [
+        ("held-out text", None), ("duo", ""), ("duo", "constant-0.5"), ("duo", "pure-pc"), ("left", "")
+    ]  # fmt: skip
+    table = (out / "quality.md").read_text().splitlines()[3:7]
+    starts = ["duo | ancestral", "duo | psi constant-0.5", "duo | psi pure-pc"]
+    assert [line.rsplit(" | ", 6)[0] for line in table] == [
+        *(f"| {start} | greedy" for start in starts), "| left | ancestral | ancestral"
+    ]  # fmt: skip
+    assert list(drawn) == [
+        ("duo", "greedy"), ("duo, psi constant-0.5", "greedy"), ("duo, psi pure-pc", "greedy"), ("left", "ancestral")
+    ]  # fmt: skip
+
+    params = api.load(trained)
+    for mode in ("constant-0.5", "pure-pc"):
+        how = {"sampler": "psi", "psi": mode, "noise_removal": "greedy", "seed": 0, "batch_size": 2}
+        quality, _ = generative.quality(
+            api.sample(params, 2, **how).tokens, api.tokenizer_of(params.tokenizer), judges.load(str(judge))
+        )
+        assert quality.ppl == pytest.approx(rows["duo", mode]["ppl"], rel=1e-6)
+    assert len({row["ppl"] for row in rows.values()}) == 5
+
+    # As the file was before there was a choice; and what psi does by default is asked for by name.
+    older = list(rows.values())
+    for row in older:
+        for name in ("sampler", "psi", "length"):
+            row["case"].pop(name, None)
+    (out / "quality.json").write_text(json.dumps([row for row in older if row["case"]["model"] != "duo"] + older[1:2]))
+    samples = []
+    monkeypatch.setattr(api, "sample", lambda *args, sample=api.sample, **kw: samples.append(kw) or sample(*args, **kw))
+    door(*flags)
+    assert samples == []
+    door(*flags, "--sampler=psi")
+    door(*flags, "--sampler=psi", "--psi=max-capped-0.02")
+    assert [(kw["sampler"], kw["psi"]) for kw in samples] == [("psi", "max-capped-0.02")]
+
+
+def test_texts_of_another_length(trained, autoregressive, judge, tmp_path, door, monkeypatch):
+    out, samples, judged = tmp_path / "quality", [], []
+
+    def sample(*args, sample=api.sample, **kw):
+        samples.append((kw["length"], sample(*args, **kw)))
+        return samples[-1][1]
+
+    def quality(tokens, *args, quality=generative.quality, **kw):
+        judged.append(tokens.shape)
+        return quality(tokens, *args, **kw)
+
+    monkeypatch.setattr(api, "sample", sample)
+    monkeypatch.setattr(generative, "quality", quality)
+    flags = [f"--models=duo={trained}", f"--models=left={autoregressive}", f"--judge={judge}", f"--out={out}"]
+    flags += ["--num=2", "--steps=1", "--noise_removal=greedy", "--seeds=0"]
+    door(*flags, "--length=40")
+    assert judged == [(2, 40)] * 3, "held-out text is cut as the texts are, or they could not be compared"
+    assert [(length, result.network_calls) for length, result in samples] == [(40, 2 * 2), (40, 31 + 31)]
+    rows = json.loads((out / "quality.json").read_text())
+    assert [(row["case"]["length"], row["case"].get("n_steps")) for row in rows] == [(40, None), (40, 1), (40, 40)]
+    assert (out / "quality.md").read_text().splitlines()[-1].startswith("2 texts of 40 tokens a set, ")
+    # The networks' own length is the same whether it is asked for or not.
+    door(*flags, "--length=32")
+    assert judged[3:] == [(2, 32)] * 3
+    door(*flags)
+    assert len(judged) == 6
+
+
+@pytest.mark.parametrize(
+    ("sampler", "tail", "told"),
+    [("psi,ancestral_cache", "greedy", "'ancestral_cache', which does not fit a network of the uniform process"),
+     ("autoregressive", "greedy", "'autoregressive', which does not fit a network of the uniform process")],
+)  # fmt: skip
+def test_a_sampler_that_does_not_fit_is_told_first(
+    trained, autoregressive, tmp_path, door, monkeypatch, sampler, tail, told
+):
+    monkeypatch.setattr(judges, "load", lambda name: pytest.fail("the judge is loaded after what is quickly checked"))
+    flags = [f"--models=left={autoregressive}", f"--models=duo={trained}", f"--out={tmp_path}"]
+    with pytest.raises(UserError, match=f"the network duo cannot be sampled so: sampler is {told}"):
+        door(*flags, f"--sampler={sampler}", f"--noise_removal={tail}")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -114,6 +202,12 @@ def test_the_curve_is_measured_once(trained, autoregressive, judge, tmp_path, do
         (["--models=x={trained}", "--seeds=1,4294967296"], "--seeds has 4294967296"),
         (["--models=x={trained}", "--seeds=0,1,0"], "--seeds has 0 twice"),
         (["--models=x={trained}", "--steps=2,2"], "--steps has 2 twice"),
+        (["--models=x={trained}", "--sampler=ancestral,psy"], "--sampler has 'psy'; choose from ancestral, psi, "),
+        (["--models=x={trained}", "--sampler=psi,psi"], "--sampler has psi twice"),
+        (["--models=x={trained}", "--psi=pure-pc"], "--psi is of the sampler psi, which --sampler does not have"),
+        (["--models=x={trained}", "--sampler=psi", "--psi=constant"], "constant needs a number in [0, 1]"),
+        (["--models=x={trained}", "--sampler=psi", "--psi=pure-pc,pure-pc"], "--psi has pure-pc twice"),
+        (["--models=x={trained}", "--length=2"], "--length=2 leaves no room"),
         (["--models=x={trained}", "--protocol=theirs"], "--protocol=theirs; choose one of ours, reference"),
         (["--models=x={out}/nowhere"], "nowhere does not exist"),
         (["--models=x={out}"], "holds no checkpoint"),
