@@ -13,17 +13,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from duo_jax import cli, progress
 from duo_jax.errors import UserError
 
 HELDOUT = "held-out text"
+NONE = "none"
+
+
+class Model(NamedTuple):
+    """A network whose texts are judged.
+
+    Attributes:
+        params: the network.
+        checkpoint: where it lies and of which step it is, which tells it from others.
+        settings: the config of its run; None if it is no run's.
+    """
+
+    params: Any
+    checkpoint: str
+    settings: dict[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +77,32 @@ class Case:
     length: int | None
 
 
+def opened(path_or_name: str) -> Model:
+    """Returns the network of anything that `duo_jax.load` takes."""
+    from duo_jax import api, convert
+    from duo_jax.training import checkpoint
+
+    path = convert.place(path_or_name)
+    if path.is_dir() and checkpoint.is_run(path):
+        run, step = checkpoint.find(path)
+        # The step that was found, whatever a run that goes on adds in the meantime.
+        params, record = checkpoint.read(checkpoint.folder_of(run, step))
+        return Model(params, f"{run} at step {step:,}", record.get("config"))
+    params = api.load(path_or_name)
+    if path.is_dir():
+        return Model(params, f"{path.resolve()} at step {convert.step(path):,}", None)
+    return Model(params, identity(path) if path.is_file() else path_or_name, None)
+
+
+def identity(path: Path) -> str:
+    """Returns a file's or folder's path and a hash that tells what it holds from what it held before."""
+    from duo_jax.data import sources
+
+    path = path.resolve()
+    files = [path] if path.is_file() else sources.list_files(path)
+    return f"{path} ({sources.fingerprint(files, path)[:12]})"
+
+
 def samplers(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Returns the samplers that are asked for, each with its kappa mode or an empty string, in order."""
     from duo_jax import sampling
@@ -74,16 +116,16 @@ def own_length(args: argparse.Namespace, network: Any) -> int | None:
     return None if args.length == network.length else args.length
 
 
-def cases(args: argparse.Namespace, models: dict[str, Any], judge: str) -> Iterator[Case]:
+def cases(args: argparse.Namespace, models: dict[str, Model], judge: str) -> Iterator[Case]:
     """Yields what is to be sampled; an autoregressive network takes a call a token, whatever the number of steps."""
-    for name, (params, checkpoint) in models.items():
-        network = params.network
+    for name, model in models.items():
+        network = model.params.network
         ways, steps, tails = samplers(args), args.steps, args.noise_removal
         if network.algo == "ar":
             ways, steps, tails = [("ancestral", "")], [args.length or network.length], ["ancestral"]
         how = args.num, args.top_p, args.temperature, judge, args.protocol
         for (sampler, psi), n_steps, tail, seed in itertools.product(ways, steps, tails, args.seeds):
-            yield Case(name, checkpoint, n_steps, tail, seed, *how, sampler, psi, own_length(args, network))
+            yield Case(name, model.checkpoint, n_steps, tail, seed, *how, sampler, psi, own_length(args, network))
 
 
 def check_fit(args: argparse.Namespace, name: str, network: Any) -> None:
@@ -120,13 +162,62 @@ def heldout(settings: dict[str, Any], num: int, length: int | None = None) -> tu
     config.eval.batch_size, config.eval.batches = num, 1
     config.model.length = length or config.model.length
     folder = run_lib.prepared(config)
-    batch = next(iter(run_lib.heldout(config, folder)))
+    return first_rows(run_lib.heldout(config, folder), folder, num), prepare.load_tokenizer(folder)
+
+
+def heldout_of(path: Path, model: Model, num: int, length: int | None = None) -> tuple[Any, Any]:
+    """Returns the first `num` rows of a text, `[B, L]`, cut as a network's rows are, and the network's tokenizer."""
+    from duo_jax import api
+    from duo_jax import config as config_lib
+    from duo_jax.data import pipeline, text_sets
+
+    tokenizer = api.tokenizer_of(model.params.tokenizer)
+    text = config_lib.default().eval
+    text.path = str(path)
+    batches = pipeline.heldout_batches(
+        text_sets.read(text, tokenizer),
+        length=length or model.params.network.length,
+        batch_size=num,
+        packing=model.settings["data"]["packing"] if model.settings else "packed",
+        max_batches=1,
+    )
+    return first_rows(batches, path, num), tokenizer
+
+
+def first_rows(batches: Iterable[dict[str, Any]], source: Path, num: int) -> Any:
+    """Returns the tokens of the first batch's rows that are no padding; says where they are fewer than `num`."""
+    batch = next(iter(batches))
     whole = batch["mask"].any(axis=1)
     if whole.sum() < num:
         progress.say(
-            f"{folder} has {whole.sum()} held-out rows, so the figures of real text are of these, not of {num}."
+            f"{source} has {whole.sum()} held-out rows, so the figures of real text are of these, not of {num}."
         )
-    return batch["tokens"][whole], prepare.load_tokenizer(folder)
+    return batch["tokens"][whole]
+
+
+def reference(
+    args: argparse.Namespace, models: dict[str, Model]
+) -> tuple[dict[str, Any], Callable[[], tuple[Any, Any]]] | None:
+    """Returns what tells the text to compare with, and what reads its rows and their tokenizer; None for no such text.
+
+    Raises:
+        UserError: none is given, and no network is of a run, whose data it could be.
+    """
+    if args.heldout == NONE:
+        return None
+    if args.heldout is not None:
+        path, model = Path(args.heldout).expanduser(), next(iter(models.values()))
+        about, read = {"text": identity(path)}, functools.partial(heldout_of, path, model)
+    else:
+        model = next((model for model in models.values() if model.settings is not None), None)
+        if model is None:
+            raise UserError(
+                "the text to compare with is held-out data of a run, and none of --models is a run: name one, too, or give "
+                "a text file or folder as --heldout, or --heldout=none to do without."
+            )
+        about, read = {}, functools.partial(heldout, model.settings)
+    about |= {"checkpoint": model.checkpoint, "length": own_length(args, model.params.network)}
+    return about, functools.partial(read, args.num, args.length)
 
 
 def key_of(case: dict[str, Any]) -> str:
@@ -180,18 +271,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Samples and judges what is not in DIR/quality.json yet; returns its entries."""
     from duo_jax import api
     from duo_jax.evaluation import generative, judges
-    from duo_jax.training import checkpoint
 
     path = args.out / "quality.json"
     known = kept(path, [field.name for field in dataclasses.fields(generative.Quality)])
-    found = {name: checkpoint.find(workdir) for name, workdir in args.models.items()}
-    read = {name: checkpoint.read(checkpoint.folder_of(*place)) for name, place in found.items()}
-    models = {name: (read[name][0], f"{folder} at step {step:,}") for name, (folder, step) in found.items()}
-    run = next((name for name, (_, record) in read.items() if "config" in record), None)
-    for name, (params, _) in models.items():
-        check_fit(args, name, params.network)
-    if run is None:
-        raise UserError("the text to compare with is held-out data of a run: name a run's workdir among --models, too.")
+    models = {name: opened(asked) for name, asked in args.models.items()}
+    for name, model in models.items():
+        check_fit(args, name, model.params.network)
+    real = reference(args, models)
     judge = judges.load(args.judge)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -204,17 +290,17 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         temporary.replace(path)
 
     wanted = [dataclasses.asdict(case) for case in cases(args, models, judge.name)]
-    real = {"model": HELDOUT, "checkpoint": models[run][1], "num": args.num, "judge": judge.name}
-    wanted.insert(0, real | {"protocol": args.protocol, "length": own_length(args, models[run][0].network)})
+    if real is not None:
+        how = {"num": args.num, "judge": judge.name, "protocol": args.protocol}
+        wanted.insert(0, {"model": HELDOUT, **real[0], **how})
     missing = [case for case in wanted if key_of(case) not in known]
     with progress.bar(total=sum(map(work, missing)), unit=" passes") as bar:
         for case in missing:
             bar.set_description(title(case))
             if case["model"] == HELDOUT:
-                tokens, tokenizer = heldout(read[run][1]["config"], args.num, args.length)
-                calls = 0
+                (tokens, tokenizer), calls = real[1](), 0
             else:
-                params = models[case["model"]][0]
+                params = models[case["model"]].params
                 names = ("n_steps", "noise_removal", "seed", "top_p", "temperature", "sampler", "length")
                 result = api.sample(
                     params,
@@ -281,7 +367,9 @@ def provenance(args: argparse.Namespace) -> str:
     """Returns what the table's columns do not tell."""
     seeds = f"± is the standard deviation over {len(args.seeds)} seeds" if len(args.seeds) > 1 else "one seed"
     length = f" of {args.length} tokens" if args.length else ""
-    return f"{args.num} texts{length} a set, top_p {args.top_p:g}, temperature {args.temperature:g}; {seeds}."
+    real = {None: "", NONE: " There is no held-out text to compare with."}
+    beside = real.get(args.heldout, f" The held-out text is {args.heldout}.")
+    return f"{args.num} texts{length} a set, top_p {args.top_p:g}, temperature {args.temperature:g}; {seeds}.{beside}"
 
 
 def report(args: argparse.Namespace) -> None:
@@ -292,14 +380,16 @@ def report(args: argparse.Namespace) -> None:
         judge += f", {args.protocol} protocol"
     text = f"{table(rows, judge)}\n{provenance(args)}\n"
     (args.out / "quality.md").write_text(text, encoding="utf-8")
-    real, *sampled = rows
+    levels = {row["model"]: (row["ppl"][0], row["entropy"][0]) for row in rows if not row["n_steps"]}
     curves: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}
-    for row in sampled:
+    for row in rows:
+        if not row["n_steps"]:
+            continue
         point = row["network_calls"], *row["ppl"], row["entropy"][0]
         curves.setdefault((series(row["model"], row["sampler"]), row["noise_removal"]), []).append(point)
     from duo_jax.evaluation import plots
 
-    plots.few_steps(args.out / "quality.png", curves, (real["ppl"][0], real["entropy"][0]), judge)
+    plots.few_steps(args.out / "quality.png", curves, levels, judge)
     progress.say(text)
     progress.say(f"Written to {args.out}.")
 
@@ -308,12 +398,15 @@ def _names(values: list[str]) -> dict[str, str]:
     models = dict(value.split("=", 1) if "=" in value else (Path(value).name, value) for value in values)
     if len(models) < len(values):
         raise UserError("two --models have one name; name them apart, as in --models before=DIR --models after=DIR.")
+    if HELDOUT in models:
+        raise UserError(f"--models has {HELDOUT!r}, the name of the text to compare with; give another.")
     return models
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what no network can be sampled with, or no results be written to, before anything is read."""
     from duo_jax import sampling
+    from duo_jax.data import sources
     from duo_jax.evaluation import generative
 
     for name in ("sampler", "psi", "steps", "noise_removal", "seeds"):
@@ -338,6 +431,13 @@ def _check(args: argparse.Namespace) -> None:
     sampling.check_temperature(args.temperature)
     for tail in args.noise_removal:
         sampling.Settings(1, noise_removal=tail, nucleus=sampling.uses_nucleus(args.top_p))
+    if args.heldout == "":
+        raise UserError("--heldout is empty; give a text file or folder, or none.")
+    if args.heldout not in (None, NONE):
+        path = Path(args.heldout).expanduser()
+        files = sources.list_files(path, setting="--heldout")
+        if not any(itertools.chain.from_iterable(map(sources.read_rows, files))):
+            raise UserError(f"--heldout={args.heldout} holds no text but white space; give another.")
     args.out = cli.results_folder("--out", args.out)
 
 
@@ -349,27 +449,45 @@ def _list(kind: type) -> Any:
     return read
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults of the flags that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def main() -> None:
     """Reads the command line."""
     name = "python -m duo_jax.evaluation.generate_quality"
-    parser = cli.Parser(prog=name, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = cli.Parser(prog=name, description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=_Help)
     parser.add_argument(
         "--models",
         action="append",
         required=True,
         metavar="NAME=DIR",
-        help="a network: a run's workdir or an exported folder",
+        help="a network: a run's workdir, an exported folder, or what else duo_jax.load takes, such as quickstart",
     )
-    parser.add_argument("--sampler", type=_list(str), default=["ancestral"])
-    parser.add_argument("--psi", type=_list(str), help="kappa modes of the sampler psi, such as constant-0.9")
-    parser.add_argument("--length", type=int, help="tokens of a text, if not the network's own length")
-    parser.add_argument("--steps", type=_list(int), default=[1, 2, 4, 8, 16, 32, 64, 128])
-    parser.add_argument("--noise_removal", type=_list(str), default=["ancestral", "greedy"])
-    parser.add_argument("--seeds", type=_list(int), default=[0, 1, 2])
+    parser.add_argument(
+        "--sampler", type=_list(str), default="ancestral", help="as duo_jax.sample takes them, comma-separated"
+    )
+    parser.add_argument(
+        "--psi",
+        type=_list(str),
+        help="kappa modes of the sampler psi, such as constant-0.9; its own default if not given",
+    )
+    parser.add_argument("--steps", type=_list(int), default="1,2,4,8,16,32,64,128", help="steps of the samplers")
+    parser.add_argument("--noise_removal", type=_list(str), default="ancestral,greedy", help="the last call's kinds")
+    parser.add_argument("--seeds", type=_list(int), default="0,1,2", help="a set of texts for each")
     parser.add_argument("--num", type=int, default=64, help="texts a set")
+    parser.add_argument("--length", type=int, help="tokens of a text; the network's own length if not given")
     parser.add_argument("--rows_at_once", type=int, default=64, help="texts sampled together; bounds the memory")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus; 1 keeps every token")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the predictions")
+    parser.add_argument(
+        "--heldout",
+        metavar="FILE",
+        help="text to compare with, a file or folder, or none; the first run's held-out data if not given",
+    )
     parser.add_argument("--judge", default="smollm2", help="smollm2, a .gguf file, or GPT-2's folder or hub id")
     parser.add_argument("--protocol", default="ours", help="ours, or reference: what published figures were judged by")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")

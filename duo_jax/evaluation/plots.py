@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -56,7 +57,7 @@ def perplexity(
 def few_steps(
     path: Path,
     curves: dict[tuple[str, str], list[tuple[int, float, float, float]]],
-    level: tuple[float, float],
+    levels: dict[str, tuple[float, float]],
     judge: str,
 ) -> None:
     """Writes a PNG of generative perplexity and unigram entropy against network calls.
@@ -65,7 +66,7 @@ def few_steps(
         path: the file.
         curves: by network, or network and sampler, and by noise removal: (network calls, perplexity, its standard deviation
             over seeds, entropy).
-        level: perplexity and entropy of held-out text.
+        levels: horizontal lines to compare with, (perplexity, entropy) of held-out text, by name.
         judge: the language model that judged.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
@@ -78,8 +79,9 @@ def few_steps(
         style = {"marker": marker, "markersize": 4, "color": color, "linestyle": lines[removal]}
         left.errorbar(calls, ppl, yerr=spread, capsize=2, label=name, **style)
         right.plot(calls, entropy, label=name, **style)
-    left.axhline(level[0], color="0.35", linestyle=":", label=f"held-out text ({level[0]:.0f})")
-    right.axhline(level[1], color="0.35", linestyle=":", label=f"held-out text ({level[1]:.2f})")
+    for (name, (ppl, entropy)), style in zip(levels.items(), itertools.cycle((":", "--", "-.", "-"))):
+        left.axhline(ppl, color="0.35", linestyle=style, label=f"{name} ({ppl:.0f})")
+        right.axhline(entropy, color="0.35", linestyle=style, label=f"{name} ({entropy:.2f})")
     left.set_yscale("log")
     left.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     left.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

@@ -6,6 +6,7 @@ import math
 import sys
 import types
 
+import numpy as np
 import plain_language_models as plain
 import pytest
 from helpers import make_config, run, tiny_settings
@@ -208,6 +209,10 @@ def test_a_sampler_that_does_not_fit_is_told_first(
         (["--models=x={trained}", "--sampler=psi", "--psi=constant"], "constant needs a number in [0, 1]"),
         (["--models=x={trained}", "--sampler=psi", "--psi=pure-pc,pure-pc"], "--psi has pure-pc twice"),
         (["--models=x={trained}", "--length=2"], "--length=2 leaves no room"),
+        (["--models=x={trained}", "--heldout={out}/nowhere"], "nowhere; set --heldout to a file or folder"),
+        (["--models=x={trained}", "--heldout="], "--heldout is empty"),
+        (["--models=x={trained}", "--heldout={out}"], "holds no text; it needs files that end in"),
+        (["--models=held-out text={trained}"], "the name of the text to compare with"),
         (["--models=x={trained}", "--protocol=theirs"], "--protocol=theirs; choose one of ours, reference"),
         (["--models=x={out}/nowhere"], "nowhere does not exist"),
         (["--models=x={out}"], "holds no checkpoint"),
@@ -215,7 +220,6 @@ def test_a_sampler_that_does_not_fit_is_told_first(
         (["--models=x={trained}", "--noise_removal=gready"], "gready"),
         (["--models=x={trained}", "--top_p=0"], "top_p"),
         (["--models=x={trained}", "--temperature=-1"], "temperature"),
-        (["--models=x={trained}", "--judge={out}/nowhere"], "--judge="),
         (["--models=x={trained}", "--stepz=3"], "--stepz=3"),
         (["--models=x={trained}", "--mod=y={trained}"], "--mod="),
         (["--models=x={trained}", "--steps=1,a"], "--steps"),
@@ -249,6 +253,12 @@ def test_a_folder_that_takes_no_results_is_told_first(trained, tmp_path, door, m
     monkeypatch.setattr(judges, "load", lambda name: pytest.fail("the judge is loaded after what is quickly checked"))
     with pytest.raises(UserError, match=expected):
         door(f"--models=x={trained}", f"--out={out.format(tmp=tmp_path)}")
+
+
+def test_a_judge_that_is_not_there_is_told_before_a_folder_is_made(trained, tmp_path, door):
+    with pytest.raises(UserError, match=r"--judge=\./nowhere is neither"):
+        door(f"--models=x={trained}", "--judge=./nowhere", f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_is_tried_and_left_as_it_was(tmp_path, monkeypatch):
@@ -327,14 +337,102 @@ def test_fewer_heldout_rows_than_texts_are_said(trained, capsys):
     assert (every[:2] == some).all()
 
 
-def test_an_exported_network_beside_its_run(trained, judge, tmp_path, door):
-    exported, out = tmp_path / "exported", tmp_path / "quality"
-    api.export(api.load(trained), exported, step=20)
+@pytest.fixture
+def exported(trained, tmp_path):
+    """A folder of the network of `trained`."""
+    api.export(api.load(trained), tmp_path / "exported", step=20)
+    return tmp_path / "exported"
+
+
+def test_an_exported_network_beside_its_run(trained, exported, judge, tmp_path, door):
+    out = tmp_path / "quality"
     flags = [f"--judge={judge}", f"--out={out}", "--num=2", "--steps=1", "--noise_removal=ancestral", "--seeds=0"]
-    with pytest.raises(UserError, match="name a run's workdir"):
-        door(f"--models=a={exported}", *flags)
     door(f"--models=a={exported}", f"--models=b={trained}", *flags)
     real, a, b = json.loads((out / "quality.json").read_text())
     assert real["case"]["checkpoint"] == b["case"]["checkpoint"] == f"{trained} at step 20"
     assert a["case"]["checkpoint"] == f"{exported} at step 20"
     assert {**a, "case": 0} == {**b, "case": 0}
+
+
+def test_networks_of_no_run_are_judged_beside_any_text(exported, judge, tmp_path, door, monkeypatch):
+    out, text, drawn = tmp_path / "quality", tmp_path / "text.txt", []
+    from duo_jax.evaluation import plots
+
+    monkeypatch.setattr(plots, "few_steps", lambda path, curves, levels, judge: drawn.append(levels))
+    text.write_text("The river is long.\n\nThe town lies on its bank, and is old.\n\n" * 20, encoding="utf-8")
+    flags = ["--models=shipped=quickstart", f"--models=mine={exported}", f"--judge={judge}", f"--out={out}", "--num=2"]
+    flags += ["--steps=1", "--noise_removal=greedy", "--seeds=0"]
+    with pytest.raises(UserError, match="give a text file or folder as --heldout, or"):
+        door(*flags)
+    assert not out.exists()
+
+    door(*flags, f"--heldout={text}", "--length=24")
+    real, shipped, mine = json.loads((out / "quality.json").read_text())
+    assert [r["case"]["model"] for r in (real, shipped, mine)] == ["held-out text", "shipped", "mine"]
+    assert mine["case"]["checkpoint"] == f"{exported} at step 20"
+    assert drawn == [{"held-out text": (real["ppl"], real["entropy"])}]
+    assert (out / "quality.md").read_text().splitlines()[-1].endswith(f"; one seed. The held-out text is {text}.")
+    # The rows are the text's beginning by the first network's tokenizer, each document followed by EOS.
+    tokenizer = api.tokenizer_of(api.load("quickstart").tokenizer)
+    documents = ["The river is long.", "The town lies on its bank, and is old."] * 3
+    ids = [i for document in documents for i in (*tokenizer.encode(document), tokenizer.eos_id)]
+    rows = [[tokenizer.bos_id, *ids[i : i + 22], tokenizer.eos_id] for i in (0, 22)]
+    expected, _ = generative.quality(np.array(rows), tokenizer, judges.load(str(judge)))
+    assert real["ppl"] == pytest.approx(expected.ppl, rel=1e-6)
+    assert real["entropy"] == pytest.approx(expected.entropy)
+
+    # Another text under the same name is another text.
+    text.write_text(text.read_text(encoding="utf-8").replace("river", "road"), encoding="utf-8")
+    door(*flags, f"--heldout={text}", "--length=24")
+    assert len(json.loads((out / "quality.json").read_text())) == 4
+
+    door(*flags, "--heldout=none", "--length=24")
+    assert drawn[-1] == {}
+    *table, _, told = (out / "quality.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| shipped", "| mine"]
+    assert told.endswith("; one seed. There is no held-out text to compare with.")
+
+
+def test_any_file_of_weights_is_judged(exported, judge, tmp_path, door, monkeypatch):
+    """What it holds is part of the key: such files are overwritten."""
+    monkeypatch.setattr(api, "load", lambda name, load=api.load: load(exported))
+    seen = []
+    monkeypatch.setattr(api, "sample", lambda *args, sample=api.sample, **kw: seen.append(kw) or sample(*args, **kw))
+    file, out = tmp_path / "last.ckpt", tmp_path / "quality"
+    flags = [f"--judge={judge}", f"--out={out}", "--num=1", "--steps=1", "--noise_removal=none", "--seeds=0"]
+    for content, samples in (("a", 1), ("a", 1), ("b", 2)):
+        file.write_text(content)
+        door(f"--models={file}", "--heldout=none", *flags)
+        assert len(seen) == samples
+    door("--models=owner/name", "--heldout=none", *flags)
+    assert [row["case"]["model"] for row in json.loads((out / "quality.json").read_text())] == ["last.ckpt"] * 2 + [
+        "name"
+    ]
+
+
+def test_help_tells_the_defaults(capsys, door):
+    with pytest.raises(SystemExit):
+        door("--help")
+    told = " ".join(capsys.readouterr().out.split())
+    for default in ("1,2,4,8,16,32,64,128", "ancestral,greedy", "0,1,2", "64", "smollm2", "ours"):
+        assert f"(default: {default})" in told
+    assert "None" not in told
+
+
+def test_the_pictures_lines_can_be_told_apart(tmp_path, monkeypatch):
+    from duo_jax.evaluation import plots
+
+    figures = []
+    monkeypatch.setattr(
+        plots, "_save", lambda figure, path, save=plots._save: figures.append(figure) or save(figure, path)
+    )
+    tails = ("ancestral", "greedy")
+    curves = {
+        (f"network {i}", tail): [(2, 100.0 + i, 1.0, 3.0), (3, 90.0, 1.0, 3.1)] for i in range(11) for tail in tails
+    }
+    for levels in ({}, {"held-out text": (50.0, 4.0), "other text": (60.0, 4.1)}):
+        plots.few_steps(tmp_path / "quality.png", curves, levels, "judge")
+        assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
+        lines = figures[-1].axes[1].lines
+        styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+        assert len(styles) == len(lines) == len(curves) + len(levels)
