@@ -5,7 +5,7 @@ in DIR/quality.json as they come, and what is there already is not sampled again
 
 DIR/quality.json    every figure, one entry a network, sampler, number of steps, noise removal and seed
 DIR/quality.md      the table, averaged over seeds
-DIR/quality.png     perplexity and entropy against network calls
+DIR/quality.png     perplexity and entropy against network calls, if any network was sampled
 DIR/texts.jsonl     the texts
 """
 
@@ -44,7 +44,7 @@ class Model(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One set of texts.
+    """One set of texts that is sampled.
 
     Attributes:
         model: the network's name in the report.
@@ -165,20 +165,18 @@ def heldout(settings: dict[str, Any], num: int, length: int | None = None) -> tu
     return first_rows(run_lib.heldout(config, folder), folder, num), prepare.load_tokenizer(folder)
 
 
-def heldout_of(path: Path, model: Model, num: int, length: int | None = None) -> tuple[Any, Any]:
-    """Returns the first `num` rows of a text, `[B, L]`, cut as a network's rows are, and the network's tokenizer."""
-    from duo_jax import api
+def heldout_of(path: Path, tokenizer: Any, packing: str, num: int, length: int) -> tuple[Any, Any]:
+    """Returns the first `num` rows of a text, `[B, L]`, cut by a tokenizer, and that."""
     from duo_jax import config as config_lib
     from duo_jax.data import pipeline, text_sets
 
-    tokenizer = api.tokenizer_of(model.params.tokenizer)
     text = config_lib.default().eval
     text.path = str(path)
     batches = pipeline.heldout_batches(
         text_sets.read(text, tokenizer),
-        length=length or model.params.network.length,
+        length=length,
         batch_size=num,
-        packing=model.settings["data"]["packing"] if model.settings else "packed",
+        packing=packing,
         max_batches=1,
     )
     return first_rows(batches, path, num), tokenizer
@@ -195,29 +193,96 @@ def first_rows(batches: Iterable[dict[str, Any]], source: Path, num: int) -> Any
     return batch["tokens"][whole]
 
 
-def reference(
-    args: argparse.Namespace, models: dict[str, Model]
-) -> tuple[dict[str, Any], Callable[[], tuple[Any, Any]]] | None:
-    """Returns what tells the text to compare with, and what reads its rows and their tokenizer; None for no such text.
+def written(path: Path, models: dict[str, Model], num: int) -> tuple[Any, Any]:
+    """Returns the first `num` rows of a file as `mode=sample` writes it, `[B, L]`, and their tokenizer.
+
+    That is the one beside the file, or a network's: whichever makes the rows' texts of their tokens.
+
+    Raises:
+        UserError: the file is of another kind, or its tokenizer is neither.
+    """
+    import numpy as np
+
+    from duo_jax import api
+    from duo_jax.training import checkpoint
+
+    try:
+        with path.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in itertools.islice(lines, num)]
+        texts, tokens = [row["text"] for row in rows], np.array([row["tokens"] for row in rows], np.int32)
+        if tokens.ndim != 2:
+            raise ValueError("it is empty, or tokens is no list")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"--texts: {path} is no samples.jsonl as mode=sample writes it, with `tokens`, equally many in each row, and "
+            f"their `text`: {reason}."
+        ) from error
+    if len(rows) < num:
+        progress.say(f"{path} has {len(rows)} texts, so its figures are of these, not of {num}.")
+
+    def fits(tokenizer: Any) -> bool:
+        try:
+            return all(tokenizer.decode(row) == text for row, text in zip(tokens, texts, strict=True))
+        except UserError:  # not all are ids of it
+            return False
+
+    beside = path.resolve().parent / checkpoint.TOKENIZER
+    places = [str(beside)] if beside.is_dir() else []
+    for place in [*places, *(model.params.tokenizer for model in models.values())]:
+        if fits(tokenizer := api.tokenizer_of(place)):
+            return tokens, tokenizer
+    raise UserError(
+        f"--texts: {path} holds tokens that no tokenizer at hand makes its texts of; leave it in the folder that "
+        f"mode=sample wrote it to, beside {checkpoint.TOKENIZER}/, or name that network among --models."
+    )
+
+
+# What tells a set of texts that was not sampled here, and what gives its rows and their tokenizer.
+Given = tuple[dict[str, Any], Callable[[], tuple[Any, Any]]]
+
+
+def already_written(args: argparse.Namespace, models: dict[str, Model]) -> dict[str, Given]:
+    """Returns the sets of `--texts`, by name."""
+    given = {}
+    for name, file in args.texts.items():
+        path = Path(file).expanduser()
+        found = written(path, models, args.num)
+        given[name] = {"checkpoint": identity(path), "length": found[0].shape[1]}, lambda found=found: found
+    return given
+
+
+def reference(args: argparse.Namespace, models: dict[str, Model], texts: dict[str, Given]) -> Given | None:
+    """Returns the set of texts to compare with; None if none is wanted.
 
     Raises:
         UserError: none is given, and no network is of a run, whose data it could be.
     """
+    from duo_jax import api
+
     if args.heldout == NONE:
         return None
-    if args.heldout is not None:
-        path, model = Path(args.heldout).expanduser(), next(iter(models.values()))
-        about, read = {"text": identity(path)}, functools.partial(heldout_of, path, model)
-    else:
-        model = next((model for model in models.values() if model.settings is not None), None)
-        if model is None:
+    if args.heldout is None:
+        run = next((model for model in models.values() if model.settings is not None), None)
+        if run is None:
             raise UserError(
                 "the text to compare with is held-out data of a run, and none of --models is a run: name one, too, or give "
                 "a text file or folder as --heldout, or --heldout=none to do without."
             )
-        about, read = {}, functools.partial(heldout, model.settings)
-    about |= {"checkpoint": model.checkpoint, "length": own_length(args, model.params.network)}
-    return about, functools.partial(read, args.num, args.length)
+        about = {"checkpoint": run.checkpoint, "length": own_length(args, run.params.network)}
+        return about, functools.partial(heldout, run.settings, args.num, args.length)
+    path, packing = Path(args.heldout).expanduser(), "packed"
+    if models:
+        first = next(iter(models.values()))
+        about = {"checkpoint": first.checkpoint, "length": own_length(args, first.params.network)}
+        tokenizer, length = api.tokenizer_of(first.params.tokenizer), first.params.network.length
+        packing = first.settings["data"]["packing"] if first.settings else packing
+    else:
+        like, read = next(iter(texts.values()))
+        (_, tokenizer), length = read(), like["length"]
+        about = {"checkpoint": like["checkpoint"], "length": args.length or length}
+    read = functools.partial(heldout_of, path, tokenizer, packing, args.num, args.length or length)
+    return about | {"text": identity(path)}, read
 
 
 def key_of(case: dict[str, Any]) -> str:
@@ -252,8 +317,8 @@ def work(case: dict[str, Any]) -> int:
 
 def title(case: dict[str, Any]) -> str:
     """Returns what the progress bar calls a set of texts."""
-    if case["model"] == HELDOUT:
-        return HELDOUT
+    if "n_steps" not in case:
+        return case["model"]
     return "{}, {n_steps} steps, {noise_removal}, seed {seed}".format(series(case["model"], of_sampler(case)), **case)
 
 
@@ -277,7 +342,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     models = {name: opened(asked) for name, asked in args.models.items()}
     for name, model in models.items():
         check_fit(args, name, model.params.network)
-    real = reference(args, models)
+    given = already_written(args, models)
+    if (real := reference(args, models, given)) is not None:
+        given = {HELDOUT: real} | given
     judge = judges.load(args.judge)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -289,16 +356,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         temporary.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
 
-    wanted = [dataclasses.asdict(case) for case in cases(args, models, judge.name)]
-    if real is not None:
-        how = {"num": args.num, "judge": judge.name, "protocol": args.protocol}
-        wanted.insert(0, {"model": HELDOUT, **real[0], **how})
+    how = {"num": args.num, "judge": judge.name, "protocol": args.protocol}
+    wanted = [{"model": name, **about, **how} for name, (about, _) in given.items()]
+    wanted += map(dataclasses.asdict, cases(args, models, judge.name))
     missing = [case for case in wanted if key_of(case) not in known]
     with progress.bar(total=sum(map(work, missing)), unit=" passes") as bar:
         for case in missing:
             bar.set_description(title(case))
-            if case["model"] == HELDOUT:
-                (tokens, tokenizer), calls = real[1](), 0
+            if case["model"] in given:
+                (tokens, tokenizer), calls = given[case["model"]][1](), 0
             else:
                 params = models[case["model"]].params
                 names = ("n_steps", "noise_removal", "seed", "top_p", "temperature", "sampler", "length")
@@ -367,9 +433,14 @@ def provenance(args: argparse.Namespace) -> str:
     """Returns what the table's columns do not tell."""
     seeds = f"± is the standard deviation over {len(args.seeds)} seeds" if len(args.seeds) > 1 else "one seed"
     length = f" of {args.length} tokens" if args.length else ""
-    real = {None: "", NONE: " There is no held-out text to compare with."}
-    beside = real.get(args.heldout, f" The held-out text is {args.heldout}.")
-    return f"{args.num} texts{length} a set, top_p {args.top_p:g}, temperature {args.temperature:g}; {seeds}.{beside}"
+    sampled = f", top_p {args.top_p:g}, temperature {args.temperature:g}; {seeds}" if args.models else ""
+    told = [f"{args.num} texts{length} a set{sampled}."]
+    told += [f"The texts of {name} are those of {file}." for name, file in args.texts.items()]
+    if args.heldout == NONE:
+        told.append("There is no held-out text to compare with.")
+    elif args.heldout is not None:
+        told.append(f"The held-out text is {args.heldout}.")
+    return " ".join(told)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -387,20 +458,21 @@ def report(args: argparse.Namespace) -> None:
             continue
         point = row["network_calls"], *row["ppl"], row["entropy"][0]
         curves.setdefault((series(row["model"], row["sampler"]), row["noise_removal"]), []).append(point)
-    from duo_jax.evaluation import plots
+    if curves:
+        from duo_jax.evaluation import plots
 
-    plots.few_steps(args.out / "quality.png", curves, levels, judge)
+        plots.few_steps(args.out / "quality.png", curves, levels, judge)
     progress.say(text)
     progress.say(f"Written to {args.out}.")
 
 
-def _names(values: list[str]) -> dict[str, str]:
-    models = dict(value.split("=", 1) if "=" in value else (Path(value).name, value) for value in values)
-    if len(models) < len(values):
-        raise UserError("two --models have one name; name them apart, as in --models before=DIR --models after=DIR.")
-    if HELDOUT in models:
-        raise UserError(f"--models has {HELDOUT!r}, the name of the text to compare with; give another.")
-    return models
+def _names(flag: str, values: list[str]) -> dict[str, str]:
+    named = dict(value.split("=", 1) if "=" in value else (Path(value).name, value) for value in values)
+    if len(named) < len(values):
+        raise UserError(f"two {flag} have one name; name them apart, as in {flag} before=... {flag} after=....")
+    if HELDOUT in named:
+        raise UserError(f"{flag} has {HELDOUT!r}, the name of the text to compare with; give another.")
+    return named
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -409,6 +481,12 @@ def _check(args: argparse.Namespace) -> None:
     from duo_jax.data import sources
     from duo_jax.evaluation import generative
 
+    if not args.models and not args.texts:
+        raise UserError(
+            "--models is missing; name a network, as in --models NAME=DIR, or give texts as --texts NAME=FILE."
+        )
+    if both := [name for name in args.texts if name in args.models]:
+        raise UserError(f"--models and --texts both have {both[0]}; name them apart.")
     for name in ("sampler", "psi", "steps", "noise_removal", "seeds"):
         values = getattr(args, name) or []
         if twice := [value for i, value in enumerate(values) if value in values[:i]]:
@@ -463,9 +541,14 @@ def main() -> None:
     parser.add_argument(
         "--models",
         action="append",
-        required=True,
         metavar="NAME=DIR",
         help="a network: a run's workdir, an exported folder, or what else duo_jax.load takes, such as quickstart",
+    )
+    parser.add_argument(
+        "--texts",
+        action="append",
+        metavar="NAME=FILE",
+        help="texts that are there: a samples.jsonl as mode=sample wrote it",
     )
     parser.add_argument(
         "--sampler", type=_list(str), default="ancestral", help="as duo_jax.sample takes them, comma-separated"
@@ -493,7 +576,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     with cli.one_line_errors():
         args = parser.parse_args()
-        args.models = _names(args.models)
+        args.models, args.texts = _names("--models", args.models or []), _names("--texts", args.texts or [])
         _check(args)
         cli.keep_memory()
         report(args)

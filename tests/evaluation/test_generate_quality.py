@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import sys
 import types
 
@@ -212,6 +213,9 @@ def test_a_sampler_that_does_not_fit_is_told_first(
         (["--models=x={trained}", "--heldout={out}/nowhere"], "nowhere; set --heldout to a file or folder"),
         (["--models=x={trained}", "--heldout="], "--heldout is empty"),
         (["--models=x={trained}", "--heldout={out}"], "holds no text; it needs files that end in"),
+        (["--texts=x=a", "--texts=x=b"], "two --texts have one name"),
+        (["--models=x=a", "--texts=x=b"], "--models and --texts both have x"),
+        (["--texts=x={out}/nowhere", "--heldout=none"], "nowhere is no samples.jsonl as mode=sample writes it"),
         (["--models=held-out text={trained}"], "the name of the text to compare with"),
         (["--models=x={trained}", "--protocol=theirs"], "--protocol=theirs; choose one of ours, reference"),
         (["--models=x={out}/nowhere"], "nowhere does not exist"),
@@ -393,6 +397,23 @@ def test_networks_of_no_run_are_judged_beside_any_text(exported, judge, tmp_path
     assert told.endswith("; one seed. There is no held-out text to compare with.")
 
 
+def test_a_text_is_cut_as_the_first_network_is_used_to(trained, tmp_path):
+    (tmp_path / "text.txt").write_text("A town.\n\nA river and its long banks.\n\nA road.", encoding="utf-8")
+    params = api.load(trained)
+    tokenizer = api.tokenizer_of(params.tokenizer)
+    args = types.SimpleNamespace(heldout=str(tmp_path / "text.txt"), num=2, length=None)
+    firsts = []
+    for packing in ("padded", "packed"):
+        model = generate_quality.Model(params, "x at step 20", {"data": {"packing": packing}})
+        about, read = generate_quality.reference(args, {"x": model}, {})
+        assert (about["checkpoint"], about["length"]) == ("x at step 20", None)
+        tokens, given = read()
+        assert given.same_as(tokenizer)
+        firsts.append(tokenizer.decode(tokens[0]))
+    assert firsts[0] == "A town."
+    assert firsts[1].startswith("A town.\n\nA river")
+
+
 def test_any_file_of_weights_is_judged(exported, judge, tmp_path, door, monkeypatch):
     """What it holds is part of the key: such files are overwritten."""
     monkeypatch.setattr(api, "load", lambda name, load=api.load: load(exported))
@@ -436,3 +457,94 @@ def test_the_pictures_lines_can_be_told_apart(tmp_path, monkeypatch):
         lines = figures[-1].axes[1].lines
         styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
         assert len(styles) == len(lines) == len(curves) + len(levels)
+
+
+@pytest.fixture
+def samples(trained, tmp_path):
+    """A file as `mode=sample` writes it, in a folder like the run's, and what it holds."""
+    params, home = api.load(trained), tmp_path / "home"
+    shutil.copytree(params.tokenizer, home / "tokenizer")
+    result = api.sample(params, 1, batch_size=3, length=24, noise_removal="greedy")
+    rows = [{"text": text, "tokens": row.tolist()} for text, row in zip(result.text, result.tokens, strict=True)]
+    (home / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return home / "samples.jsonl", result
+
+
+def test_texts_that_are_there_are_judged_as_they_are(samples, trained, judge, tmp_path, door, monkeypatch, capsys):
+    file, result = samples
+    out = tmp_path / "quality"
+    flags = [f"--texts=old={file}", f"--judge={judge}", f"--out={out}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "sample", lambda *_, **__: pytest.fail("there is nothing to sample"))
+        door(*flags, "--num=2", "--heldout=none")
+        (old,) = json.loads((out / "quality.json").read_text())
+        tokenizer = api.tokenizer_of(api.load(trained).tokenizer)
+        expected, texts = generative.quality(result.tokens[:2], tokenizer, judges.load(str(judge)))
+        assert (old["ppl"], old["entropy"]) == pytest.approx((expected.ppl, expected.entropy), rel=1e-6)
+        assert [json.loads(line)["text"] for line in (out / "texts.jsonl").read_text().splitlines()] == texts
+        told = (out / "quality.md").read_text().splitlines()
+        assert told[2].startswith("| old | - | - | - | - | ")
+        assert (
+            told[-1]
+            == f"2 texts a set. The texts of old are those of {file}. There is no held-out text to compare with."
+        )
+        assert not (out / "quality.png").exists(), "there is no curve"
+
+        # Beside a text, which is cut by their tokenizer into rows of their length; fewer of them are said.
+        text = tmp_path / "text.txt"
+        text.write_text("The town lies on the river's bank, and is old.\n\n" * 20, encoding="utf-8")
+        capsys.readouterr()
+        door(*flags, "--num=4", f"--heldout={text}")
+        assert f"{file} has 3 texts, so its figures are of these, not of 4." in capsys.readouterr().out
+        real, old = json.loads((out / "quality.json").read_text())[1:]
+        assert (real["case"]["model"], real["case"]["length"]) == ("held-out text", 24)
+        assert real["judged"] > 0
+        known = (out / "quality.json").read_bytes()
+        door(*flags, "--num=4", f"--heldout={text}")
+        assert (out / "quality.json").read_bytes() == known
+    # And beside a network that is sampled.
+    door(
+        *flags, f"--models=duo={trained}", "--num=3", "--steps=1", "--noise_removal=greedy", "--seeds=0", "--length=24"
+    )
+    names = [line.split(" | ")[0] for line in (out / "quality.md").read_text().splitlines()[2:5]]
+    assert names == ["| held-out text", "| old", "| duo"]
+    rows = {row["case"]["model"]: row for row in json.loads((out / "quality.json").read_text())[3:]}
+    assert rows["old"]["ppl"] == pytest.approx(rows["duo"]["ppl"], rel=1e-6), "the file holds the very texts"
+    assert (out / "quality.png").exists()
+
+
+def test_texts_away_from_their_folder_need_their_network(samples, trained, judge, tmp_path, door):
+    file, out = samples[0].rename(tmp_path / "samples.jsonl"), tmp_path / "quality"
+    flags = [
+        f"--texts={file}",
+        f"--judge={judge}",
+        f"--out={out}",
+        "--num=2",
+        "--steps=1",
+        "--seeds=0",
+        "--heldout=none",
+    ]
+    with pytest.raises(UserError, match="holds tokens that no tokenizer at hand makes its texts of"):
+        door(*flags)
+    door(*flags, f"--models=duo={trained}", "--noise_removal=none")
+    assert [row["case"]["model"] for row in json.loads((out / "quality.json").read_text())] == ["samples.jsonl", "duo"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"text": "a"}', "there is no 'tokens'"),
+        ('{"tokens": [1]}', "there is no 'text'"),
+        ('{"text": "a", "tokens": [1]}\n{"text": "a", "tokens": [1, 2]}', "inhomogeneous"),
+        ('{"text": "a", "tokens": 5}', "tokens is no list"),
+        ('{"text": "a", "tokens": [99999999999]}', ""),
+        ('["a"]', ""),
+        ("text", "Expecting value"),
+        ("", "it is empty"),
+    ],
+)
+def test_other_files_are_no_texts(tmp_path, content, reason):
+    path = tmp_path / "other.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"other\.jsonl is no samples\.jsonl as mode=sample writes it, .*{reason}"):
+        generate_quality.written(path, {}, 5)
