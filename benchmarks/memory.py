@@ -140,9 +140,9 @@ def search(
             print(f"{name}, B = {batch}: {sizes['total'] / GIB:.2f} GiB", flush=True)
             return sizes["total"]
 
-        unit = len(devices)
+        unit = len(devices) * (1 if case is None else config.train.accumulate)
         if most < unit:
-            raise UserError(f"--most is {most}, less than one row for each of {unit} devices.")
+            raise UserError(f"--most is {most}, less than one row for each of {unit} devices and parts of a step.")
         found = largest_fitting(size, gib * GIB, unit=unit, most=most, refine=refine)
         return {
             "environment": measure.environment(devices),
