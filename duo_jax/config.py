@@ -115,6 +115,7 @@ def default() -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "wiki"  # wiki | text | openwebtext | lm1b
     config.data.path = ""  # local files for `text`, or a local copy of a hub data set
+    config.data.field = "text"  # what its .jsonl or .parquet rows call the text
     # gpt2 | bert-base-uncased | the path of another BERT vocab.txt | bpe (trained on the training split)
     config.data.tokenizer = "gpt2"
     config.data.bpe_size = 512  # vocabulary of `bpe`, special tokens included
@@ -310,6 +311,11 @@ def check(config: ConfigDict) -> None:
             raise UserError(
                 f"config.sample.psi.{idle[0]} is set, but config.sample.sampler is {config.sample.sampler!r}; choose psi."
             )
+    if config.data.field != default().data.field and not config.data.path:
+        raise UserError(
+            "config.data.field is set, but config.data.path is empty; give the text that it is about (for evaluation on a "
+            "text of its own there is config.eval.field)."
+        )
     if not config.eval.path:
         usual = flatten(default().eval)
         if idle := [key for key in ("field", "detokenizer", "document_ends") if config.eval[key] != usual[key]]:

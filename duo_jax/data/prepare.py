@@ -37,8 +37,10 @@ def shards_folder(data: Any) -> Path:
     if data.source not in sources.NAMES:
         raise UserError(f"Unknown data source {data.source!r}; choose one of {', '.join(sources.NAMES)}.")
     tokenizer = tokenizers.label(data.tokenizer, data.bpe_size)
-    path = Path(data.path).expanduser().resolve() if data.path else None
-    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8] if path else ""
+    text = str(Path(data.path).expanduser().resolve()) if data.path else ""
+    if _field(data) != sources.FIELD:
+        text += f"\0{_field(data)}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8] if text else ""
     return Path(data.dir).expanduser() / "-".join(filter(None, (data.source, digest, tokenizer)))
 
 
@@ -59,7 +61,7 @@ def prepare(data: Any, *, verbose: bool = True) -> Path:
     take turns, and the second finds it done.
 
     Args:
-        data: the config block, with `source`, `path`, `tokenizer`, `bpe_size` and `dir`.
+        data: the config block, with `source`, `path`, `field`, `tokenizer`, `bpe_size` and `dir`.
         verbose: show progress bars and a summary on stderr.
 
     Returns:
@@ -116,7 +118,7 @@ def _check(folder: Path, data: Any) -> None:
             f"with {wanted[1]} of {wanted[2]}; remove it, or set another config.data.dir."
         )
     try:
-        identity = sources.open_source(data.source, data.path).identity
+        identity = _open_source(data).identity
     except UserError:
         return  # the text is no longer here, and is no longer needed
     if identity != metadata["source"]["identity"]:
@@ -126,8 +128,16 @@ def _check(folder: Path, data: Any) -> None:
         )
 
 
+def _field(data: Any) -> str:
+    return data.get("field", sources.FIELD)  # runs of earlier versions kept configs without it
+
+
+def _open_source(data: Any) -> sources.Source:
+    return sources.open_source(data.source, data.path, _field(data))
+
+
 def _make(folder: Path, data: Any, verbose: bool) -> None:
-    source = sources.open_source(data.source, data.path)
+    source = _open_source(data)
     partial = folder.with_name(f".{folder.name}.partial")
     _remove_leftovers(folder)
     partial.mkdir()

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import reprlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ OPENWEBTEXT_HELDOUT = 100_000
 
 Documents = Iterator[tuple[str, str]]  # (split, text)
 
-_FIELD = "text"  # of a row of .jsonl and .parquet
+FIELD = "text"  # what a row of .jsonl and .parquet calls its text, unless told
 
 
 class Source(Protocol):
@@ -52,13 +53,14 @@ class Source(Protocol):
         ...
 
 
-def open_source(name: str, path: str | Path = "") -> Source:
+def open_source(name: str, path: str | Path = "", field: str = FIELD) -> Source:
     """Returns a source by name.
 
     Args:
         name: one of `NAMES`.
         path: a file or folder: the text itself for `text`; a copy of the hub's files (.parquet, .jsonl) for
             `openwebtext` and `lm1b`, which are otherwise fetched through the `datasets` library.
+        field: what the rows of .jsonl and .parquet files at the path call their text.
 
     Raises:
         UserError: the name is unknown, or the text is not there.
@@ -75,8 +77,8 @@ def open_source(name: str, path: str | Path = "") -> Source:
     if name == "text":
         if not where:
             raise UserError("The source text needs a file or folder; set config.data.path.")
-        return TextFiles(where)
-    return HubText(name, where)
+        return TextFiles(where, field)
+    return HubText(name, where, field)
 
 
 class Wiki:
@@ -108,11 +110,12 @@ class TextFiles:
     """Local files: .txt, .jsonl, .jsonl.gz and .parquet, one file or all of a folder and its subfolders.
 
     In a .txt file, blank lines separate documents: a book is a list of paragraphs, and decoding, which shows the end of
-    a document as a blank line, gives the file back. The others hold one document a line or row, in the field `text`.
+    a document as a blank line, gives the file back. The others hold one document a line or row, in a field that is `text`
+    unless told.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._files = path, list_files(path)
+    def __init__(self, path: Path, field: str = FIELD) -> None:
+        self._path, self._files, self._field = path, list_files(path), field
         self.identity = {"files": fingerprint(self._files, path)}
 
     def documents(self) -> Documents:
@@ -122,7 +125,7 @@ class TextFiles:
             UserError: a file is not what its name says, or there is not one document.
         """
         empty = True
-        for text in itertools.chain.from_iterable(map(read_rows, self._files)):
+        for text in itertools.chain.from_iterable(read_rows(file, self._field) for file in self._files):
             if text:
                 empty = False
                 yield split_by_hash(text), text
@@ -131,7 +134,7 @@ class TextFiles:
 
     def count(self) -> int:
         """Returns the number of documents, reading .txt and .jsonl files once."""
-        return sum(map(count_rows, self._files))
+        return sum(count_rows(file, self._field) for file in self._files)
 
 
 class HubText:
@@ -141,11 +144,11 @@ class HubText:
         heldout: how many documents at the end of OpenWebText are held out.
     """
 
-    def __init__(self, name: str, path: Path | None = None) -> None:
+    def __init__(self, name: str, path: Path | None = None, field: str = FIELD) -> None:
         if path is None:
             _check_hub(name)
         self.heldout = OPENWEBTEXT_HELDOUT
-        self._name, self._path = name, path
+        self._name, self._path, self._field = name, path, field
         self._files = list_files(path) if path else []
         self.identity = {"files": fingerprint(self._files, path)} if path else {"hub": _HUB[name]["path"]}
 
@@ -153,7 +156,7 @@ class HubText:
         """Streams the documents in the order of the hub."""
         parts = self._parts
         if self._name == "lm1b":
-            rows = ((_LM1B_SPLITS[split], text) for split, part in parts for text in _rows(part))
+            rows = ((_LM1B_SPLITS[split], text) for split, part in parts for text in self._rows(part))
         else:
             total = self.count()
             if total <= self.heldout:
@@ -162,13 +165,18 @@ class HubText:
                     "give all its files, or set config.data.source to text for a part of it."
                 )
             # Counted over all rows, as the reference does, before the empty ones are dropped.
-            texts = itertools.chain.from_iterable(_rows(part) for _, part in parts)
+            texts = itertools.chain.from_iterable(self._rows(part) for _, part in parts)
             rows = ((TRAIN if i < total - self.heldout else HELDOUT, text) for i, text in enumerate(texts))
         return ((split, text) for split, text in rows if text)
 
     def count(self) -> int:
         """Returns the number of rows."""
-        return sum(count_rows(part) if isinstance(part, Path) else len(part) for _, part in self._parts)
+        return sum(count_rows(part, self._field) if isinstance(part, Path) else len(part) for _, part in self._parts)
+
+    def _rows(self, part: Any) -> Iterator[str]:
+        if isinstance(part, Path):
+            return read_rows(part, self._field)
+        return (row["text"].strip() for row in part)
 
     @functools.cached_property
     def _parts(self) -> list[tuple[str, Any]]:
@@ -237,38 +245,45 @@ def fingerprint(files: list[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
-def read_rows(file: Path, field: str = _FIELD, *, stripped: bool = True) -> Iterator[str]:
+def read_rows(
+    file: Path, field: str = FIELD, *, stripped: bool = True, setting: str = "config.data.field"
+) -> Iterator[str]:
     """Streams the rows of one file; some may be empty.
 
     Args:
         file: .txt, .jsonl, .jsonl.gz or .parquet.
         field: what a row of the last three calls its text.
         stripped: whether rows lose their leading and trailing white space.
+        setting: where the field was given.
 
     Raises:
-        UserError: the file is not what its name says.
+        UserError: the file is not what its name says, or a row has no text in the field.
     """
-    with _reading(file, field):
-        for text in _READERS[_kind(file)](file, field):
-            if not isinstance(text, str):
-                raise TypeError(f"one is {text!r}")
-            yield text.strip() if stripped else text
+    with _reading(file):
+        try:
+            for text in _READERS[_kind(file)](file, field):
+                yield text.strip() if stripped else text
+        except _NoText as error:
+            raise UserError(
+                f"There is no text in the field `{field}` of {error}; set {setting} to what the rows call their text, or "
+                "mend the file."
+            ) from error
 
 
-def count_rows(file: Path) -> int:
+def count_rows(file: Path, field: str = FIELD) -> int:
     """Returns the number of rows of one file; a .parquet file knows it, the others are read.
 
     Raises:
         UserError: the file is not what its name says.
     """
     if _kind(file) != ".parquet":
-        return sum(1 for _ in read_rows(file))
-    with _reading(file, _FIELD):
+        return sum(1 for _ in read_rows(file, field))
+    with _reading(file):
         return _parquet(file).metadata.num_rows
 
 
 @contextlib.contextmanager
-def _reading(file: Path, field: str) -> Iterator[None]:
+def _reading(file: Path) -> Iterator[None]:
     """Turns what may go wrong with a file into one sentence."""
     try:
         yield
@@ -279,13 +294,12 @@ def _reading(file: Path, field: str) -> Iterator[None]:
             f"{file} is not text in UTF-8 (it holds the byte {error.object[error.start]:#04x}); convert it, as with "
             "`iconv -f latin1 -t utf-8` if it is Latin-1."
         ) from error
-    except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
-        of_rows = "" if _kind(file) == ".txt" else f" with a text in the field `{field}`"
-        raise UserError(f"{file} cannot be read as {_kind(file)}{of_rows}: {error}.") from error
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read as {_kind(file)}: {error}.") from error
 
 
-def _rows(part: Any) -> Iterator[str]:
-    return read_rows(part) if isinstance(part, Path) else (row["text"].strip() for row in part)
+class _NoText(Exception):
+    """Where a text was looked for, and what there is instead."""
 
 
 def _kind(file: Path) -> str:
@@ -303,19 +317,34 @@ def _read_jsonl(file: Path, field: str) -> Iterator[str]:
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict) or field not in row:
-                    has = f"an object with {', '.join(row) or 'nothing'}" if isinstance(row, dict) else "no JSON object"
-                    raise ValueError(f"line {number} is {has}")
-                yield row[field]
+                where = f"line {number} of {file}"
+                try:
+                    row = json.loads(line.rstrip("\r\n"))
+                except ValueError as error:
+                    # The decoder counts lines in the string that it is given, so its own message says line 1 always.
+                    what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                    raise UserError(f"There is no JSON in {where} ({what}); mend the line, or remove it.") from error
+                if not isinstance(row, dict):
+                    raise _NoText(f"{where}, which is no JSON object")
+                if field not in row:
+                    raise _NoText(f"{where}, which is an object with {', '.join(row) or 'nothing'}")
+                yield _text(row[field], where)
 
 
 def _read_parquet(file: Path, field: str) -> Iterator[str]:
     table = _parquet(file)
     if field not in table.schema_arrow.names:
-        raise ValueError(f"its columns are {', '.join(table.schema_arrow.names)}")
+        raise _NoText(f"{file}, whose columns are {', '.join(table.schema_arrow.names)}")
+    numbers = itertools.count(1)
     for batch in table.iter_batches(batch_size=1024, columns=[field]):
-        yield from batch.column(field).to_pylist()
+        for row in batch.column(field).to_pylist():
+            yield _text(row, f"row {next(numbers)} of {file}")
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise _NoText(f"{where}, but {'null' if value is None else reprlib.repr(value)}")
+    return value
 
 
 def _parquet(file: Path) -> Any:

@@ -29,7 +29,9 @@ def documents(path: Path, *, field: str, detokenizer: str, stripped: bool) -> so
     """
     detokenize = detokenizers.by_name(detokenizer)
     files = sources.list_files(path, setting="config.eval.path")
-    rows = itertools.chain.from_iterable(sources.read_rows(file, field, stripped=stripped) for file in files)
+    rows = itertools.chain.from_iterable(
+        sources.read_rows(file, field, stripped=stripped, setting="config.eval.field") for file in files
+    )
     return ((sources.HELDOUT, detokenize(text)) for text in rows if text)
 
 

@@ -17,8 +17,8 @@ def make_texts(count, seed=0):
 
 def data_config(directory, **values):
     """A `config.data` block whose shards go to a folder of `directory`."""
-    default = {"source": "text", "path": "", "tokenizer": "bpe", "bpe_size": 300, "dir": str(directory / "shards")}
-    return ConfigDict(default | {"packing": "packed", "workers": 0} | values)
+    default = {"source": "text", "path": "", "field": "text", "tokenizer": "bpe", "bpe_size": 300}
+    return ConfigDict(default | {"dir": str(directory / "shards"), "packing": "packed", "workers": 0} | values)
 
 
 def process_and_backends(batch):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from small_text import data_config, make_texts
 
+from duo_jax import config as config_lib
 from duo_jax import files
 from duo_jax.data import prepare, shards, sources
 from duo_jax.errors import UserError
@@ -88,7 +89,37 @@ def test_folder_names(tmp_path):
     assert name(source="lm1b", tokenizer="bert-base-uncased") == "lm1b-bert-base-uncased"
     assert name(path="a") != name(path="b")
     assert name(path="a") == name(path="./x/../a")
+    assert len({name(path="a"), name(path="a", field="body"), name(path="b", field="body")}) == 3
     assert prepare.shards_folder(data_config(tmp_path)).parent == tmp_path / "shards"
+
+
+def test_another_field(data, texts, tmp_path):
+    rows = [{"text": "wrong", "body": text} for text in texts]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = copy(data, dir=str(tmp_path / "shards"), path=str(path), field="body")
+    folder = prepare.prepare(config, verbose=False)
+    store = shards.TokenStore(folder, "heldout")
+    found = [prepare.load_tokenizer(folder).decode(store.document(i)) for i in range(store.documents)]
+    assert found == [text for text in texts if sources.split_by_hash(text) == "heldout"]
+    assert prepare.prepare(config) == folder
+    with pytest.raises(UserError, match=r"no text in the field `story` of line 1 .*; set config\.data\.field"):
+        prepare.prepare(copy(config, field="story"), verbose=False)
+
+
+def test_a_config_of_before_there_was_a_field(folder, data):
+    old = copy(data)
+    del old.field
+    assert prepare.prepare(old) == folder
+
+
+def test_a_field_of_no_text():
+    config = config_lib.default()
+    config.data.field = "body"
+    with pytest.raises(UserError, match=r"config\.data\.field is set, but config\.data\.path is empty"):
+        config_lib.check(config)
+    config.data.path = "text.jsonl"
+    config_lib.check(config)
 
 
 def test_a_vocabulary_by_its_path(data, tmp_path):

@@ -100,8 +100,6 @@ class TestTextFiles:
     @pytest.mark.parametrize(
         ("name", "content"),
         [
-            ("a.jsonl", b'{"text": "one"}\n{"text": '),
-            ("a.jsonl", b'{"text": null}\n'),
             ("a.jsonl.gz", b"not gzip"),
             ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 1000, mtime=0)[:-20]),
             ("a.parquet", b"not parquet"),
@@ -110,22 +108,39 @@ class TestTextFiles:
     def test_unreadable_file(self, name, content, tmp_path):
         (tmp_path / name).write_bytes(content)
         source = sources.open_source("text", tmp_path)
-        with pytest.raises(UserError, match=rf"{name} cannot be read as.* in the field `text`: "):
+        with pytest.raises(UserError, match=rf"{name} cannot be read as {name[1:]}: "):
             list(source.documents())
-        with pytest.raises(UserError, match=rf"{name} cannot be read as"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read as {name[1:]}: "):
             source.count()
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+    def test_a_broken_line_is_named(self, suffix, tmp_path):
+        write_jsonl(tmp_path / f"a{suffix}", ["one"] * 200)
+        with (gzip.open if suffix.endswith("gz") else open)(tmp_path / f"a{suffix}", "at") as file:
+            file.write('{"text": \n')
+        source = sources.open_source("text", tmp_path)
+        for read in (lambda: list(source.documents()), source.count):
+            with pytest.raises(
+                UserError, match=rf"no JSON in line 201 of .*a{suffix} \(Expecting value, column 10\); mend"
+            ):
+                read()
 
     @pytest.mark.parametrize(
         ("content", "what"),
         [
-            (b'{"text": "one"}\n\n{"id": 1, "texts": "one"}\n', "line 3 is an object with id, texts"),
-            (b"{}", "line 1 is an object with nothing"),
-            (b'["text"]\n', "line 1 is no JSON object"),
+            (
+                b'{"text": "one"}\n\n{"id": 1, "texts": "one"}\n',
+                r"line 3 of .*a.jsonl, which is an object with id, texts",
+            ),
+            (b"{}", r"line 1 of .*a.jsonl, which is an object with nothing"),
+            (b'["text"]\n', r"line 1 of .*a.jsonl, which is no JSON object"),
+            (b'{"text": "one"}\n{"text": null}\n', r"line 2 of .*a.jsonl, but null"),
+            (b'{"text": ["one"]}', r"line 1 of .*a.jsonl, but \['one'\]"),
         ],
     )
     def test_rows_without_the_field(self, content, what, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(content)
-        with pytest.raises(UserError, match=rf"as .jsonl with a text in the field `text`: {what}\."):
+        with pytest.raises(UserError, match=rf"no text in the field `text` of {what}; set config\.data\.field to what"):
             list(sources.open_source("text", tmp_path).documents())
 
     @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -142,8 +157,27 @@ class TestTextFiles:
 
     def test_parquet_without_the_field(self, tmp_path):
         parquet.write_table(pyarrow.table({"words": ["one"]}), tmp_path / "a.parquet")
-        with pytest.raises(UserError, match="field `text`: its columns are words"):
+        with pytest.raises(
+            UserError, match=r"`text` of .*a\.parquet, whose columns are words; set config\.data\.field"
+        ):
             list(sources.open_source("text", tmp_path).documents())
+
+    def test_a_parquet_row_without_text_is_named(self, tmp_path):
+        write_parquet(tmp_path / "a.parquet", ["one"] * 2000 + [None])
+        with pytest.raises(UserError, match=r"`text` of row 2001 of .*a\.parquet, but null"):
+            list(sources.open_source("text", tmp_path).documents())
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    def test_another_field(self, suffix, tmp_path):
+        rows = {"text": ["wrong", "too"], "body": ["one", "two"]}
+        if suffix == ".parquet":
+            parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+        else:
+            lines = [json.dumps(dict(zip(rows, row, strict=True))) + "\n" for row in zip(*rows.values(), strict=True)]
+            (tmp_path / "a.jsonl").write_text("".join(lines))
+        source = sources.open_source("text", tmp_path, field="body")
+        assert [text for _, text in source.documents()] == ["one", "two"]
+        assert source.count() == 2
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(UserError, match="There is no text at"):
@@ -182,6 +216,12 @@ class TestHubCopies:
         source = sources.open_source("lm1b", tmp_path)
         assert sorted(source.documents()) == [("heldout", "three ."), ("train", "one ."), ("train", "two .")]
         assert source.count() == 3
+
+    def test_another_field(self, tmp_path):
+        for split in ("train", "test"):
+            parquet.write_table(pyarrow.table({"sentence": [split]}), tmp_path / f"{split}.parquet")
+        source = sources.open_source("lm1b", tmp_path, field="sentence")
+        assert sorted(source.documents()) == [("heldout", "test"), ("train", "train")]
 
     def test_part_of_lm1b(self, tmp_path):
         write_parquet(tmp_path / "train-0.parquet", ["one ."])

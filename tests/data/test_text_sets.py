@@ -77,7 +77,9 @@ def test_mistakes(tokenizer, tmp_path):
     write(tmp_path / "set.jsonl", [" ", ""], "text")
     with pytest.raises(UserError, match=r"holds no text; set config\.eval\.path"):
         text_sets.read(settings(tmp_path), tokenizer)
-    with pytest.raises(UserError, match="in the field `article`: line 1 is an object with text"):
+    with pytest.raises(
+        UserError, match=r"`article` of line 1 of .*, which is an object with text; set config\.eval\.field"
+    ):
         text_sets.read(settings(tmp_path, field="article"), tokenizer)
     with pytest.raises(UserError, match="detokenizer is 'wiki'"):
         text_sets.read(settings(tmp_path, detokenizer="wiki"), tokenizer)
