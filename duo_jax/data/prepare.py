@@ -138,6 +138,8 @@ def _open_source(data: Any) -> sources.Source:
 
 def _make(folder: Path, data: Any, verbose: bool) -> None:
     source = _open_source(data)
+    if verbose and data.path and (path := Path(data.path).expanduser()).is_dir():
+        print(sources.about_files(path), file=sys.stderr)
     partial = folder.with_name(f".{folder.name}.partial")
     _remove_leftovers(folder)
     partial.mkdir()

@@ -107,7 +107,7 @@ class Wiki:
 
 
 class TextFiles:
-    """Local files: .txt, .jsonl, .jsonl.gz and .parquet, one file or all of a folder and its subfolders.
+    """Local files: .txt, .jsonl, .jsonl.gz and .parquet, one file or all of a folder and its subfolders but hidden ones.
 
     In a .txt file, blank lines separate documents: a book is a list of paragraphs, and decoding, which shows the end of
     a document as a blank line, gives the file back. The others hold one document a line or row, in a field that is `text`
@@ -216,6 +216,9 @@ def split_by_hash(text: str) -> str:
 def list_files(path: Path, setting: str = "config.data.path") -> list[Path]:
     """Returns the text files at a path, sorted by name.
 
+    What a folder holds under a name that begins with a dot, or in a folder of such a name, is left out: editors and
+    notebooks keep copies there that are no longer true.
+
     Args:
         path: a file or folder.
         setting: where the path was given.
@@ -225,11 +228,36 @@ def list_files(path: Path, setting: str = "config.data.path") -> list[Path]:
     """
     if not path.exists():
         raise UserError(f"There is no text at {path}; set {setting} to a file or folder.")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if file.name.endswith(tuple(_READERS))]
+    files = [file for file in _visible_files(path) if file.name.endswith(tuple(_READERS))]
     if not files:
-        raise UserError(f"{path} holds no text; it needs files that end in {', '.join(_READERS)}.")
+        raise UserError(
+            f"{path} holds no text; it needs files that end in {', '.join(_READERS)}, with names that do not begin with a "
+            "dot."
+        )
     return files
+
+
+def about_files(path: Path) -> str:
+    """Returns a sentence on how many files of a folder `list_files` takes, and how many of other kinds it does not."""
+    every = _visible_files(path)
+    others = [file for file in every if not file.name.endswith(tuple(_READERS))]
+    told = f"reading {_counted(len(every) - len(others))} in {path}"
+    if others:
+        kinds = sorted({file.suffix or "no ending" for file in others})
+        kinds = kinds if len(kinds) <= 5 else [*kinds[:5], "..."]
+        told += f"; {_counted(len(others))} of other kinds skipped ({', '.join(kinds)})"
+    return told
+
+
+def _counted(files: int) -> str:
+    return f"{files:,} file" if files == 1 else f"{files:,} files"
+
+
+def _visible_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    inside = ((file, file.relative_to(path).parts) for file in path.rglob("*") if file.is_file())
+    return sorted(file for file, parts in inside if not any(part.startswith(".") for part in parts))
 
 
 def fingerprint(files: list[Path], root: Path) -> str:

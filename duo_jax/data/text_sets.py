@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,15 @@ def read(settings: Any, tokenizer: Tokenizer, *, verbose: bool = True) -> Memory
     Args:
         settings: the block, with `path`, `field`, `detokenizer` and `document_ends`.
         tokenizer: that of the network to be evaluated.
-        verbose: show a progress bar.
+        verbose: show a progress bar, and how many files of a folder are read.
 
     Raises:
         UserError: as `documents`, or there is no text.
     """
     path, ends = Path(settings.path).expanduser(), settings.document_ends
     texts = documents(path, field=settings.field, detokenizer=settings.detokenizer, stripped=ends)
+    if verbose and path.is_dir():
+        print(sources.about_files(path), file=sys.stderr)
     end = [tokenizer.eos_id] if ends else []
     found: list[np.ndarray] = []
     with progress.bar(desc="tokenizing", unit=" documents", disable=not verbose) as bar:

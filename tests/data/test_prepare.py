@@ -171,6 +171,18 @@ def test_progress_and_summary(data, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_files_of_a_folder_are_counted(data, tmp_path, capfd):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.jsonl").write_bytes(Path(data.path).read_bytes())
+    (text / "a.pdf").write_text("")
+    config = copy(data, path=str(text), dir=str(tmp_path / "shards"))
+    prepare.prepare(config)
+    assert f"reading 1 file in {text}; 1 file of other kinds skipped (.pdf)\n" in capfd.readouterr().err
+    prepare.prepare(copy(config, dir=str(tmp_path / "quiet")), verbose=False)
+    assert capfd.readouterr().err == ""
+
+
 def test_changed_text_is_noticed(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(make_texts(200)))

@@ -78,6 +78,26 @@ class TestTextFiles:
         (tmp_path / "README.md").write_text("not a document")
         assert [text for _, text in sources.open_source("text", tmp_path).documents()] == ["one", "two", "three"]
 
+    def test_hidden_files_are_skipped(self, tmp_path):
+        folder = tmp_path / ".all" / "texts"  # only what lies inside the folder counts
+        write_txt(folder / "a.txt", ["one"])
+        write_txt(folder / ".b.txt", ["stale"])
+        write_txt(folder / ".ipynb_checkpoints" / "deeper" / "a.txt", ["stale"])
+        assert [text for _, text in sources.open_source("text", folder).documents()] == ["one"]
+        assert [text for _, text in sources.open_source("text", folder / ".b.txt").documents()] == ["stale"]
+        (folder / "a.txt").unlink()
+        with pytest.raises(UserError, match=r"holds no text; .*names that do not begin with a dot"):
+            sources.open_source("text", folder)
+
+    def test_what_is_told_of_a_folder(self, tmp_path):
+        write_txt(tmp_path / "a.txt", ["one"])
+        assert sources.about_files(tmp_path) == f"reading 1 file in {tmp_path}"
+        write_jsonl(tmp_path / "b" / "b.jsonl.gz", ["two"])
+        for name in ("LICENSE", "x.pdf", "y.pdf", ".hidden.md"):
+            (tmp_path / name).write_text("")
+        told = f"reading 2 files in {tmp_path}; 3 files of other kinds skipped (.pdf, no ending)"
+        assert sources.about_files(tmp_path) == told
+
     def test_split_depends_on_the_document_alone(self, tmp_path):
         texts = make_texts(1000)
         write_jsonl(tmp_path / "a.jsonl", texts)

@@ -65,6 +65,15 @@ def test_a_text_file_without_ends_keeps_its_lines(tokenizer, tmp_path):
     assert tokenizer.decode(store.read(0, store.tokens)) == " = One = \n Two . \n Three . \n"
 
 
+def test_files_of_a_folder_are_counted(tokenizer, tmp_path, capfd):
+    write(tmp_path / "a.txt", ["a cat"], "")
+    write(tmp_path / ".b.txt", ["stale"], "")
+    assert text_sets.read(settings(tmp_path), tokenizer).documents == 1
+    assert f"reading 1 file in {tmp_path}\n" in capfd.readouterr().err
+    text_sets.read(settings(tmp_path), tokenizer, verbose=False)
+    assert capfd.readouterr().err == ""
+
+
 def test_home_is_known(tokenizer, tmp_path, monkeypatch):
     write(tmp_path / "set.txt", ["a cat"], "")
     monkeypatch.setenv("HOME", str(tmp_path))
