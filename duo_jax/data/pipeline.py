@@ -23,6 +23,7 @@ class TrainIterator(grain.DatasetIterator):
 
     def __init__(
         self,
+        folder: str | Path,
         batches: grain.MapDataset,
         identity: dict[str, Any],
         workers: int,
@@ -30,7 +31,7 @@ class TrainIterator(grain.DatasetIterator):
         prefetch: int,
     ) -> None:
         super().__init__()
-        self._batches, self._identity = batches, identity
+        self._folder, self._batches, self._identity = folder, batches, identity
         self._workers, self._prefetch = workers, prefetch
         self._options = grain.ReadOptions(num_threads=threads if prefetch else 0, prefetch_buffer_size=prefetch)
         self._yielded, self._ended = 0, False
@@ -56,6 +57,12 @@ class TrainIterator(grain.DatasetIterator):
             UserError: the state belongs to other data, another seed, batch size, length or packing.
         """
         for key, value in self._identity.items():
+            if key == "content_hash" and state.get(key) != value:
+                raise UserError(
+                    f"The data cannot go on where the checkpoint stopped: the token shards in {self._folder} are others "
+                    "than it was trained on, so the text, its tokenizer or a setting of config.data behind them has "
+                    "changed; put that back, or start in a new workdir."
+                )
             if state.get(key) != value:
                 raise UserError(
                     f"The data cannot go on where the checkpoint stopped: {key} was {state.get(key)!r} and is now "
@@ -151,7 +158,7 @@ def train_iterator(
     batches = order.map(_TakeSlice(rows, process_index * local, local)).repeat()
     identity = {"seed": seed, "batch_size": batch_size, "length": length, "packing": packing}
     identity["content_hash"] = store.metadata["content_hash"]
-    return TrainIterator(batches, identity, workers, threads, prefetch)
+    return TrainIterator(folder, batches, identity, workers, threads, prefetch)
 
 
 class _TakeSlice:
