@@ -140,6 +140,8 @@ def _make(folder: Path, data: Any, verbose: bool) -> None:
     source = _open_source(data)
     if verbose and data.path and (path := Path(data.path).expanduser()).is_dir():
         print(sources.about_files(path), file=sys.stderr)
+    if isinstance(source, sources.TextFiles):
+        source.check_splits()  # before a BPE is learnt and everything is tokenized in vain
     partial = folder.with_name(f".{folder.name}.partial")
     _remove_leftovers(folder)
     partial.mkdir()
@@ -205,8 +207,7 @@ def _write_splits(
         totals = {key: sum(entry[key] for entry in writer.entries) for key in ("documents", "tokens")}
         if not totals["documents"]:
             raise UserError(
-                f"The {split} split came out empty, for the text has too few documents; give more, or put blank lines "
-                "between the documents of .txt files."
+                f"The {split} split came out empty, for the text has too few documents; give more, or a whole copy."
             )
         splits[split] = totals | {"characters": characters[split], "shards": writer.entries}
     return {

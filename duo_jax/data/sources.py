@@ -132,6 +132,26 @@ class TextFiles:
         if empty:
             raise UserError(f"{self._path} holds no text but white space; set config.data.path to other files.")
 
+    def check_splits(self) -> None:
+        """Reads until there is a document in either split, which are the first few dozen or, in a small text, all.
+
+        Raises:
+            UserError: a split has none, or as `documents`.
+        """
+        found: set[str] = set()
+        count = 0
+        for split, _ in self.documents():
+            found.add(split)
+            count += 1
+            if found == set(SPLITS):
+                return
+        none = HELDOUT if TRAIN in found else TRAIN
+        raise UserError(
+            f"{self._path} holds {count:,} {'document' if count == 1 else 'documents'}, too few to train on some and hold "
+            f"out others (about one in {1 / HELDOUT_FRACTION:.0f} is held out, and the {none} split came out empty); put "
+            "blank lines between the documents of .txt files, give one document a line as .jsonl, or give more text."
+        )
+
     def count(self) -> int:
         """Returns the number of documents, reading .txt and .jsonl files once."""
         return sum(count_rows(file, self._field) for file in self._files)

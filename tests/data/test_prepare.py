@@ -231,12 +231,24 @@ def test_no_shards(tmp_path):
         shards.TokenStore(tmp_path, "train")
 
 
-def test_too_few_documents(tmp_path):
+@pytest.mark.parametrize("tokenizer", ["bpe", "gpt2"])
+def test_too_few_documents(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare.tokenizers, "train_bpe", lambda *_: pytest.fail("no BPE is learnt in vain"))
+    monkeypatch.setattr(prepare.tokenizers.Tokenizer, "encode_batch", lambda *_: pytest.fail("nothing is tokenized"))
     (tmp_path / "a.txt").write_text(" ".join(make_texts(50)))
-    data = data_config(tmp_path, path=str(tmp_path / "a.txt"), tokenizer="gpt2")
-    with pytest.raises(UserError, match="split came out empty"):
+    data = data_config(tmp_path, path=str(tmp_path / "a.txt"), tokenizer=tokenizer)
+    with pytest.raises(
+        UserError, match=r"holds 1 document, too few .* heldout split came out empty\); put blank lines"
+    ):
         prepare.prepare(data, verbose=False)
     assert os.listdir(data.dir) == []
+
+
+def test_a_copy_without_a_split(tmp_path):
+    for split, text in (("train", "one ."), ("test", "")):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": text}))
+    with pytest.raises(UserError, match="heldout split came out empty"):
+        prepare.prepare(data_config(tmp_path, source="lm1b", path=str(tmp_path), tokenizer="gpt2"), verbose=False)
 
 
 def test_folder_that_cannot_be_made(data, tmp_path):

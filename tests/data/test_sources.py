@@ -108,6 +108,26 @@ class TestTextFiles:
         assert splits[0] == splits[1]
         assert 20 < list(splits[0].values()).count("heldout") < 90
 
+    def test_few_documents(self, tmp_path):
+        texts = make_texts(200)
+        splits = [sources.split_by_hash(text) for text in texts]
+        heldout = texts[splits.index("heldout")]
+        train = [text for text in texts if sources.split_by_hash(text) == "train"][:3]
+        path = tmp_path / "a.jsonl"
+        write_jsonl(path, [*train, heldout])
+        sources.open_source("text", path).check_splits()
+        write_jsonl(path, train)
+        with pytest.raises(UserError, match=r"holds 3 documents, .*one in 20 .*the heldout split .*a line as \.jsonl"):
+            sources.open_source("text", path).check_splits()
+        write_jsonl(path, [heldout])
+        with pytest.raises(UserError, match=r"holds 1 document, .*the train split"):
+            sources.open_source("text", path).check_splits()
+
+    def test_the_check_for_few_documents_reads_no_further_than_it_must(self, tmp_path):
+        write_jsonl(tmp_path / "a.jsonl", make_texts(200))
+        (tmp_path / "b.jsonl").write_text("not read")
+        sources.open_source("text", tmp_path).check_splits()
+
     def test_identity_notices_changes(self, tmp_path):
         path = tmp_path / "a.txt"
         found = set()
