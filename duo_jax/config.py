@@ -116,7 +116,8 @@ def default() -> ConfigDict:
     config.data.source = "wiki"  # wiki | text | openwebtext | lm1b
     config.data.path = ""  # local files for `text`, or a local copy of a hub data set
     config.data.field = "text"  # what its .jsonl or .parquet rows call the text
-    # gpt2 | bert-base-uncased | the path of another BERT vocab.txt | bpe (trained on the training split)
+    # gpt2 | bert-base-uncased | bpe (trained on the training split) | a path: of a run's WORKDIR/tokenizer, of a
+    # tokenizer.json of Hugging Face (byte-level BPE or word pieces), of another BERT vocab.txt
     config.data.tokenizer = "gpt2"
     config.data.bpe_size = 512  # vocabulary of `bpe`, special tokens included
     config.data.dir = "data"  # where token shards are kept, one folder a data set

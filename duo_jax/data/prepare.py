@@ -25,23 +25,66 @@ TOKENIZER_FOLDER = "tokenizer"
 # A BPE of a few thousand merges is settled long before this; more text would only take more memory and time.
 BPE_TRAINING_CHARACTERS = 10**9
 
+# Where tokenizers lay that were given by their paths and are the one in the folder, a path a line.
+_TOKENIZER_PATHS = "tokenizer_paths.txt"
+
 _BATCH_CHARACTERS = 4_000_000
 
 
 def shards_folder(data: Any) -> Path:
     """Returns where the shards of a `config.data` block belong, e.g. `data/wiki-bpe512`, whether or not they exist.
 
+    A tokenizer that is given by its path counts by its content. Where it is gone from there, the shards that were made
+    with it are found all the same.
+
     Raises:
-        UserError: the source or the tokenizer is unknown.
+        UserError: the source or the tokenizer is unknown, or shards were made with several that lay at its path.
     """
     if data.source not in sources.NAMES:
         raise UserError(f"Unknown data source {data.source!r}; choose one of {', '.join(sources.NAMES)}.")
-    tokenizer = tokenizers.label(data.tokenizer, data.bpe_size)
     text = str(Path(data.path).expanduser().resolve()) if data.path else ""
     if _field(data) != sources.FIELD:
         text += f"\0{_field(data)}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:8] if text else ""
-    return Path(data.dir).expanduser() / "-".join(filter(None, (data.source, digest, tokenizer)))
+    stem = Path(data.dir).expanduser() / "-".join(filter(None, (data.source, digest)))
+    if _is_gone(data.tokenizer) and (made := _made_with(stem, data.tokenizer)):
+        return made
+    return stem.with_name(f"{stem.name}-{tokenizers.label(data.tokenizer, data.bpe_size)}")
+
+
+def _is_gone(tokenizer: str) -> bool:
+    path = tokenizers.path_of(tokenizer)
+    return path is not None and not path.exists()
+
+
+def _made_with(stem: Path, tokenizer: str) -> Path | None:
+    """Returns the shards of a text that were made with a tokenizer that is gone from its path, if there are any."""
+    labels = tokenizers.LABELS_OF_PATHS
+    folders = sorted(folder for label in labels for folder in stem.parent.glob(f"{stem.name}-{label}*"))
+    found = [folder for folder in folders if _absolute(tokenizer) in _paths_of(folder)]
+    if len(found) > 1:
+        raise UserError(
+            f"The tokenizer {tokenizer} is gone, and {' and '.join(map(str, found))} were made with different ones that lay "
+            f"there; copy the right one back, from the folder {TOKENIZER_FOLDER} in one of them or in a run's workdir."
+        )
+    return found[0] if found else None
+
+
+def _absolute(tokenizer: str) -> str:
+    return str(Path(tokenizer).expanduser().resolve())
+
+
+def _paths_of(folder: Path) -> list[str]:
+    """Returns where the tokenizer of a prepared folder lay, each time that it was given by a path."""
+    file = folder / _TOKENIZER_PATHS
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+
+
+def _note_path(folder: Path, tokenizer: str) -> None:
+    """Keeps where a tokenizer lies, so that its shards are still found when it is gone from there."""
+    if tokenizers.path_of(tokenizer) and not _is_gone(tokenizer) and _absolute(tokenizer) not in _paths_of(folder):
+        with (folder / _TOKENIZER_PATHS).open("a", encoding="utf-8") as file:
+            file.write(_absolute(tokenizer) + "\n")
 
 
 def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
@@ -74,6 +117,8 @@ def prepare(data: Any, *, verbose: bool = True) -> Path:
     folder = shards_folder(data)
     if folder.exists():
         _check(folder, data)
+        with contextlib.suppress(OSError):  # shards that others keep may be read-only
+            _note_path(folder, data.tokenizer)
         return folder
 
     def waits() -> None:
@@ -110,8 +155,11 @@ def summary(folder: str | Path) -> str:
 def _check(folder: Path, data: Any) -> None:
     """Raises UserError unless the folder's shards are whole and made from what `data` names."""
     metadata = shards.read_metadata(folder)
-    wanted = (data.source, tokenizers.kind(data.tokenizer), tokenizers.vocab_size(data.tokenizer, data.bpe_size))
     found = (metadata["source"]["name"], metadata["tokenizer"]["name"], metadata["tokenizer"]["vocab_size"])
+    if _is_gone(data.tokenizer):
+        wanted = (data.source, *found[1:])  # the shards were found by its path
+    else:
+        wanted = (data.source, tokenizers.kind(data.tokenizer), tokenizers.vocab_size(data.tokenizer, data.bpe_size))
     if found != wanted:
         raise UserError(
             f"{folder} was made from {found[0]} with the tokenizer {found[1]} of {found[2]} ids, not from {wanted[0]} "
@@ -150,6 +198,7 @@ def _make(folder: Path, data: Any, verbose: bool) -> None:
         metadata = _write_splits(partial, source, tokenizer, verbose)
         metadata["source"] = {"name": data.source, "path": str(data.path), "identity": source.identity}
         tokenizer.save(partial / TOKENIZER_FOLDER)
+        _note_path(partial, data.tokenizer)
         (partial / shards.METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             _sync(path)

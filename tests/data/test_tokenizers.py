@@ -1,10 +1,12 @@
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from duo_jax.data import tokenizers
 from duo_jax.errors import UserError
@@ -294,7 +296,129 @@ def test_vocab_size_needs_no_files(gpt2, bert, bpe, monkeypatch):
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="choose one of bpe, gpt2"):
-        tokenizers.vocab_size("gpt3", 512)
-    with pytest.raises(UserError, match="no tokenizer 'gpt3'"):
-        tokenizers.load("gpt3")
+    for read in (
+        tokenizers.load,
+        lambda name: tokenizers.vocab_size(name, 512),
+        lambda name: tokenizers.label(name, 512),
+    ):
+        with pytest.raises(UserError, match="no tokenizer 'gpt3'; choose one of bpe, gpt2"):
+            read("gpt3")
+
+
+class TestFolder:
+    """A saved tokenizer, by its folder."""
+
+    @pytest.mark.parametrize("name", ["gpt2", "bpe", "bert"])
+    def test_is_what_the_config_may_name(self, name, request, tmp_path):
+        tokenizer = request.getfixturevalue(name)
+        tokenizer.save(tmp_path / "run" / "tokenizer")
+        for given in (tmp_path / "run", tmp_path / "run" / "tokenizer"):
+            assert tokenizers.vocab_size(str(given), 0) == tokenizer.vocab_size
+            assert tokenizers.kind(str(given)) == tokenizer.name
+            assert tokenizers.load(given).same_as(tokenizer)
+
+    def test_the_label_is_of_the_content(self, bpe, texts, tmp_path):
+        bpe.save(tmp_path / "a")
+        tokenizers.load(tmp_path / "a").save(tmp_path / "b")
+        tokenizers.train_bpe(texts[:200], 300).save(tmp_path / "c")
+        labels = [tokenizers.label(str(tmp_path / name), 0) for name in "abc"]
+        assert labels[0] == labels[1] != labels[2]
+        assert all(label.startswith("tokenizer-") for label in labels)
+
+    def test_names_come_before_folders(self, bpe, tmp_path, monkeypatch):
+        bpe.save(tmp_path / "gpt2")
+        monkeypatch.chdir(tmp_path)
+        assert tokenizers.load("gpt2").vocab_size == 50258
+        assert tokenizers.load("./gpt2").vocab_size == 300
+
+
+@pytest.fixture(scope="module")
+def trained(texts):
+    """As GPT-2's: a registered end of text that is also padding, and a token that text does produce."""
+    model = hf.Tokenizer(hf.models.BPE())
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = hf.decoders.ByteLevel()
+    alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+    model.train_from_iterator(
+        texts,
+        hf.trainers.BpeTrainer(
+            vocab_size=290, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    model.add_tokens([hf.AddedToken("    ", normalized=False)])
+    model.post_processor = hf.processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return model
+
+
+class TestHuggingFace:
+    """A tokenizer.json that another program wrote."""
+
+    def save(self, model, folder, config=None):
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").write_text(model.to_str(), encoding="utf-8")
+        if config is not None:
+            (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    def test_a_byte_level_bpe(self, trained, tmp_path):
+        config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": {"content": "<|endoftext|>"}}
+        name = self.save(trained, tmp_path, config | {"pad_token": "<|endoftext|>"})
+        tokenizer = tokenizers.load(name)
+        assert tokenizer.facts() == {
+            "name": "bpe", "vocab_size": 292, "bos_id": 0, "eos_id": 0, "pad_id": 291, "mask_id": 291,
+        }  # fmt: skip
+        text = "the cat sees a naïve 北京 😀    dog"
+        assert tokenizer.encode(text) == trained.encode(text, add_special_tokens=False).ids
+        for text in NASTY:
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            assert not {0, 291} & set(ids)
+        assert tokenizers.load(tmp_path / "tokenizer.json").same_as(tokenizer)
+        assert tokenizers.vocab_size(name, 0) == 292
+        tokenizer.save(tmp_path / "ours")
+        assert tokenizers.load(tmp_path / "ours").encode_batch(NASTY) == tokenizer.encode_batch(NASTY)
+        assert tokenizers.label(str(tmp_path / "ours"), 0) == tokenizers.label(name, 0)
+
+    def test_word_pieces(self, tmp_path):
+        words = TestVocabFile.WORDS
+        (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+        model = hf.Tokenizer(hf.models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        model.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
+        model.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+        model.decoder = hf.decoders.WordPiece()
+        model.add_special_tokens(["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]"])
+        tokenizer, ours = tokenizers.load(self.save(model, tmp_path / "b")), tokenizers.load(tmp_path / "vocab.txt")
+        assert tokenizer.facts() == ours.facts() | {"name": "wordpiece"}
+        texts = [*NASTY, "The cats [SEP] the cat [MASK]"]
+        assert tokenizer.encode_batch(texts) == ours.encode_batch(texts)
+        assert tokenizer.decode([2, 7, 5, 6, 3]) == "the cats"
+
+    def test_padding_is_never_what_stands_in_texts(self, tmp_path):
+        model = hf.Tokenizer(hf.models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 2}, unk_token="[UNK]"))
+        model.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+        for pad in ("[UNK]", "[SEP]"):
+            tokenizer = tokenizers.load(self.save(model, tmp_path, {"pad_token": pad, "mask_token": pad}))
+            assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id, tokenizer.vocab_size) == (1, 3, 3, 4)
+
+    def test_what_cannot_be_used(self, trained, tmp_path):
+        model = hf.Tokenizer(hf.models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
+        with pytest.raises(UserError, match=r"tokenizer\.json is of a kind \(Unigram\) .*give a byte-level BPE"):
+            tokenizers.load(self.save(model, tmp_path))
+        model = hf.Tokenizer(hf.models.BPE({"a": 0, "</s>": 1}, []))
+        with pytest.raises(UserError, match=r"of a kind \(BPE\)"):
+            tokenizers.load(self.save(model, tmp_path))
+        model = hf.Tokenizer(hf.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+        with pytest.raises(UserError, match=r"no token that ends a document; name one .* as eos_token"):
+            tokenizers.load(self.save(model, tmp_path))
+        model = hf.Tokenizer(hf.models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 5}, unk_token="[UNK]"))
+        with pytest.raises(UserError, match=r"4 tokens with ids up to 5, .*no gaps"):
+            tokenizers.load(self.save(model, tmp_path))
+        model = hf.Tokenizer(hf.models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 2}, unk_token="[UNK]"))
+        model.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+        with pytest.raises(UserError, match=r"turns the text '\[SEP\]' into its special token"):
+            tokenizers.load(self.save(model, tmp_path))
+        (tmp_path / "tokenizer.json").write_text("{")
+        with pytest.raises(UserError, match="is damaged"):
+            tokenizers.load(tmp_path)
