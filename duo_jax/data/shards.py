@@ -2,7 +2,8 @@
 
 A folder holds, for each split, files `train-00000.tokens` (flat ids, little-endian uint16 or uint32, every document
 followed by EOS) and `train-00000.ends` (int64: where each document ends in its shard, EOS included), a folder
-`tokenizer/`, and `metadata.json`, which is written last and says all that is needed to read and verify the rest.
+`tokenizer/`, and `metadata.json`, which is written last and says all that is needed to read and verify the rest. Where
+the tokenizer was given by its path, `tokenizer_paths.txt` keeps that, for the day when it is gone from there.
 Documents never span shards; rows of a batch may.
 """
 
