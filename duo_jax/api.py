@@ -186,6 +186,7 @@ def sample(
     stride: int | None = None,
     rows_at_once: int | None = None,
     trajectory: bool = False,
+    until_eos: bool = False,
     progress: bool = False,
     mesh: Mesh | None = None,
     each: Callable[[Samples], None] | None = None,
@@ -217,6 +218,8 @@ def sample(
         stride: new tokens a window, for texts longer than the network's length; half of that length if None.
         rows_at_once: texts sampled together, which bounds the memory; at most 64 a device if None.
         trajectory: whether to keep the tokens of every step.
+        until_eos: whether `.text` ends where the first EOS stands, as networks are trained on rows of several documents;
+            `.tokens` and `.entropy` are of the whole row. Otherwise EOS reads as an empty line.
         progress: whether to show a progress bar.
         mesh: whose devices share the texts, for several hosts; this process's devices if None.
         each: given every batch as it comes.
@@ -275,7 +278,10 @@ def sample(
     def samples(texts: sampling.texts.Texts) -> Samples:
         return Samples(
             tokens=texts.tokens,
-            text=[tokenizer.decode(row) for row in texts.tokens],
+            text=[
+                tokenizer.decode(sampling.until_end(row, tokenizer.eos_id)[0] if until_eos else row)
+                for row in texts.tokens
+            ],
             entropy=sampling.unigram_entropy(texts.tokens),
             network_calls=texts.network_calls,
             trajectory=texts.trajectory,

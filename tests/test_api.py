@@ -143,6 +143,18 @@ def test_score_estimates_the_bound(params):
     assert np.isnan(duo_jax.score(params, text, n_samples=1).stderr)
 
 
+def test_a_text_may_end_where_its_document_does():
+    params = duo_jax.load("quickstart")
+    eos = duo_jax.api.tokenizer_of(params.tokenizer).eos_id
+    whole, ended = (duo_jax.sample(params, 8, batch_size=64, seed=1, until_eos=until) for until in (False, True))
+    np.testing.assert_array_equal(whole.tokens, ended.tokens)
+    inside = (whole.tokens[:, 1:-1] == eos).any(axis=1)
+    assert 0 < inside.sum() < 64
+    for cut, text, shorter in zip(inside, whole.text, ended.text, strict=True):
+        assert text.startswith(shorter)
+        assert (len(shorter) < len(text)) == cut
+
+
 def test_a_score_is_a_pair(params):
     score = duo_jax.score(params, "The river is long", n_samples=2)
     nll, stderr = score

@@ -35,13 +35,6 @@ class Quality:
     judged: int
 
 
-def until_end(row: Sequence[int] | np.ndarray, eos_id: int) -> tuple[list[int], bool]:
-    """Returns the ids of a row before its first EOS, the first place aside, and whether there is one."""
-    ids = [int(i) for i in row]
-    end = ids.index(eos_id, 1) if eos_id in ids[1:] else len(ids)
-    return ids[:end], end < len(ids)
-
-
 def distinct(texts: Sequence[str], n: int) -> float:
     """Returns the share of different n-grams of words among all n-grams of all texts; NaN if there are none."""
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
@@ -73,7 +66,7 @@ def quality(
         texts = [tokenizer.decode(row, special=True) for row in tokens]
         scores = judge.published_nll(texts, done)
     else:
-        rows = [until_end(row, tokenizer.eos_id) for row in tokens]
+        rows = [sampling.until_end(row, tokenizer.eos_id) for row in tokens]
         texts = [tokenizer.decode(ids) for ids, _ in rows]
         scores = judge.nll(texts, [ended for _, ended in rows], done)
     nats, count, characters = (float(part.sum()) for part in scores)

@@ -115,7 +115,7 @@ def _most_probable(
 
         after = head.in_chunks(next_token, hidden, chunk=network.chunk(*tokens.shape))
         return jnp.roll(after, 1, axis=1)
-    absorbing = network.algo not in ("duo", "duo_base", "dcd")
+    absorbing = network.process == "absorbing"
     noise = jnp.full_like(tokens, mask_id) if absorbing else uniform.prior_sample(key, tokens.shape, network.vocab_size)
     sigma = schedules.sigma(schedules.by_name(network.schedule, network.eps).alpha(jnp.ones(len(tokens))))
     denoise = networks.denoiser(network, weights, lengths=lengths)

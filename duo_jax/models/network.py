@@ -18,6 +18,13 @@ from duo_jax.models.dit import DiT
 
 Weights = dict[str, Any]
 
+# What each algorithm's noise does to a token; `sampling` and `evaluation` follow from it.
+PROCESS_OF = {
+    "duo": "uniform", "duo_base": "uniform", "dcd": "uniform",
+    "mdlm": "absorbing", "sedd": "absorbing", "d3pm": "absorbing",
+    "ar": "autoregressive",
+}  # fmt: skip
+
 # Width, blocks, heads, conditioning width. `nano` is what two CPU cores can teach in minutes.
 SIZES = {
     "nano": (128, 4, 4, 64),
@@ -121,6 +128,11 @@ class Network:
             remat=model.remat,
             scan=model.scan,
         )
+
+    @property
+    def process(self) -> str:
+        """`uniform`, `absorbing` or `autoregressive`."""
+        return PROCESS_OF[self.algo]
 
     @property
     def dtype(self) -> jnp.dtype:

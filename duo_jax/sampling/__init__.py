@@ -3,7 +3,7 @@
 from duo_jax.sampling import prompts, texts
 from duo_jax.sampling.engine import Given, Knobs, Walk, generate, run, walk
 from duo_jax.sampling.networks import denoiser, sample_tokens
-from duo_jax.sampling.results import unigram_entropy
+from duo_jax.sampling.results import unigram_entropy, until_end
 from duo_jax.sampling.settings import (
     NOISE_REMOVALS,
     SAMPLERS,
@@ -18,5 +18,5 @@ from duo_jax.sampling.settings import (
 __all__ = [
     "NOISE_REMOVALS", "SAMPLERS", "Given", "Knobs", "Psi", "Settings", "Walk", "as_psi", "check_guidance",
     "check_temperature", "denoiser", "generate", "prompts", "run", "sample_tokens", "texts", "unigram_entropy",
-    "uses_nucleus", "walk",
+    "until_end", "uses_nucleus", "walk",
 ]  # fmt: skip

@@ -26,7 +26,6 @@ _FITTING = {
     "absorbing": ("ancestral", "psi", "ancestral_cache", "analytic"),
     "autoregressive": ("ancestral", "autoregressive"),
 }
-_PROCESS_OF = {"mdlm": "absorbing", "sedd": "absorbing", "d3pm": "absorbing", "ar": "autoregressive"}
 
 # Longer names first: each is looked for at the beginning of a mode.
 _KAPPA_MODES = ("pure-posterior", "pure-pc", "constant-remdm", "max-capped", "max-rescale", "constant")
@@ -277,7 +276,7 @@ class Settings:
         Raises:
             UserError: a setting that cannot be.
         """
-        process = _PROCESS_OF.get(network.algo, "uniform")
+        process = network.process
         if process == "autoregressive":
             # Checked as they are, and then made one: they change nothing, and would be different programs.
             cls(n_steps, sampler, noise_removal, process=process)

@@ -37,7 +37,7 @@ def check_known(tokens: np.ndarray, held: np.ndarray, network: Network) -> None:
         raise UserError(
             f"held token ids must lie in [0, {network.vocab_size}); these reach {fixed.min()} to {fixed.max()}."
         )
-    if network.algo in ("mdlm", "sedd", "d3pm") and (fixed == network.mask_id).any():
+    if network.process == "absorbing" and (fixed == network.mask_id).any():
         raise UserError(f"a held token is {network.mask_id}, the mask itself; leave such positions out of the mask.")
     if network.algo == "ar" and (held[:, 1:] > held[:, :-1]).any():
         raise UserError(

@@ -42,11 +42,6 @@ from duo_jax.training import workdir as workdir_lib
 _UNIGRAM_ROWS = 100_000
 
 
-def _process(algo: str) -> str:
-    """The diffusion process an algorithm's network knows; networks of one process may start from each other."""
-    return "uniform" if algo in ("duo", "duo_base", "dcd") else algo
-
-
 def prepared(config: ConfigDict) -> Path:
     """Returns the folder of token shards; the first process makes it if need be, and the others wait."""
     if jax.process_count() > 1:
@@ -126,7 +121,8 @@ def _check_fit(config: ConfigDict, network: Network, start: Network, names: tupl
         for name in names
         if getattr(network, name) != getattr(start, name)
     ]
-    if _process(network.algo) != _process(start.algo):
+    # Uniform-state networks mean the same by their outputs; of the others each algorithm's mean something of their own.
+    if network.algo != start.algo and not network.process == start.process == "uniform":
         different.append(f"algo is {network.algo}, there {start.algo}")
     if different:
         raise UserError(

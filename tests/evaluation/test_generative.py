@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from duo_jax import sampling
 from duo_jax.evaluation import generative, judges
 
 EOS = 1
@@ -46,8 +47,8 @@ class Counter:
     ],
 )
 def test_a_row_ends_at_its_first_eos(row, expected):
-    assert generative.until_end(row, EOS) == expected
-    assert generative.until_end(np.array(row, np.int32), EOS) == expected
+    assert sampling.until_end(row, EOS) == expected
+    assert sampling.until_end(np.array(row, np.int32), EOS) == expected
 
 
 def test_distinct_counts_the_different_ngrams_of_all_texts():
@@ -138,7 +139,7 @@ def test_what_counts_against_the_reference(golden):
         judge = Counter()
         quality, _ = generative.quality(row[None], Words(), judge)
         counted = np.zeros(row.size, bool)
-        ids, ended = generative.until_end(row, EOS)
+        ids, ended = sampling.until_end(row, EOS)
         end = len(ids)
         assert ended, "the golden rows all hold an EOS after the first place"
         counted[1 : end + 1] = True

@@ -1,10 +1,14 @@
 """Each algorithm trains from the command's own entry: its loss falls, and its checkpoint evaluates."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from helpers import make_config, tiny_settings, trained_settings
 
+import duo_jax
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
 from duo_jax.training import checkpoint, loop, partition, writers
@@ -89,6 +93,26 @@ def test_distillation_resumes_with_its_teacher(trained, text_folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one.weights, two.weights)
     assert one.network.algo == "dcd"
     assert writers.read_jsonl(tmp_path / "parts" / "metrics.jsonl")[-1]["heldout/ppl"] > 1
+
+
+def test_a_network_is_trained_on_with_other_text_and_its_own_tokenizer(trained, tmp_path):
+    """Also after the run that it came from is gone."""
+    run = tmp_path / "base"
+    shutil.copytree(trained, run)
+    text = tmp_path / "other.jsonl"
+    text.write_text(
+        "\n".join(json.dumps({"body": f"The river {i} lies in the north of the country."}) for i in range(400))
+    )
+    settings = {
+        **trained_settings(tmp_path), "data.path": str(text), "data.field": "body",
+        "data.tokenizer": str(run / "tokenizer"), "init_from": str(run), "train.steps": 10, "sample.every": 0,
+    }  # fmt: skip
+    loop.train(make_config(settings), str(tmp_path / "on"))
+    run.rename(tmp_path / "gone")
+    loop.train(make_config({**settings, "train.steps": 20}), str(tmp_path / "on"))
+    before, after = duo_jax.load(trained), duo_jax.load(tmp_path / "on")
+    sentence = "The river 7 lies in the north of the country."
+    assert duo_jax.score(after, sentence, n_samples=64).nll < duo_jax.score(before, sentence, n_samples=64).nll - 0.5
 
 
 def test_what_does_not_fit_is_refused(trained, text_folder, tmp_path):
