@@ -35,6 +35,7 @@ DOORS = (
     "evaluation/generate_quality.py",
     "evaluation/harness.py",
     "evaluation/harness_model.py",
+    "evaluation/judged_texts.py",
 )
 
 

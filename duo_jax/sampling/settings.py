@@ -229,10 +229,8 @@ class Settings:
             )
         if self.process == "absorbing" and self.mask_id is None:
             raise UserError("the absorbing process needs mask_id, the id of its masked tokens.")
-        if self.process == "uniform" and (self.score or self.mask_id is not None):
-            raise UserError(
-                "score and mask_id are of the absorbing process; give process='absorbing', or leave them out."
-            )
+        if self.process == "uniform" and self.score:
+            raise UserError("log-scores are of the absorbing process; give process='absorbing', or leave score out.")
         if self.sampler == "analytic" and not self.score:
             raise UserError(
                 "sampler is 'analytic', which needs log-scores as SEDD gives them; choose ancestral or psi."

@@ -103,7 +103,12 @@ def test_the_command_then_sampling_and_evaluation(tmp_path, state, text_folder, 
 def test_training_starts_from_a_converted_folder(tmp_path, text_folder, params):
     duo_jax.export(params, tmp_path / "out")
     assert checkpoint.read(tmp_path / "out")[1] == {}
-    settings = {**trained_settings(text_folder), "init_from": str(tmp_path / "out"), "train.steps": 1, "train.lr": 1e-30}
+    settings = {
+        **trained_settings(text_folder),
+        "init_from": str(tmp_path / "out"),
+        "train.steps": 1,
+        "train.lr": 1e-30,
+    }
     loop.train(make_config({**settings, "sample.every": 0, "eval.every": 0}), str(tmp_path / "run"))
     equal(duo_jax.load(tmp_path / "run", ema=False).weights, params.weights)
 

@@ -14,7 +14,7 @@ from helpers import make_config, run, tiny_settings
 
 from duo_jax import api, cli
 from duo_jax.errors import UserError
-from duo_jax.evaluation import generate_quality, generative, judges
+from duo_jax.evaluation import generate_quality, generative, judged_texts, judges
 from duo_jax.training import checkpoint
 
 DOOR = [sys.executable, "-m", "duo_jax.evaluation.generate_quality"]
@@ -334,9 +334,9 @@ def test_damaged_results_are_not_overwritten(trained, judge, tmp_path, door, con
 
 def test_fewer_heldout_rows_than_texts_are_said(trained, capsys):
     settings = checkpoint.read(trained)[1]["config"]
-    some, _ = generate_quality.heldout(settings, 2)
+    some, _ = judged_texts.heldout(settings, 2)
     assert capsys.readouterr().out == ""
-    every, _ = generate_quality.heldout(settings, 5000)
+    every, _ = judged_texts.heldout(settings, 5000)
     assert f"has {len(every)} held-out rows" in capsys.readouterr().out
     assert (every[:2] == some).all()
 
@@ -404,8 +404,8 @@ def test_a_text_is_cut_as_the_first_network_is_used_to(trained, tmp_path):
     args = types.SimpleNamespace(heldout=str(tmp_path / "text.txt"), num=2, length=None)
     firsts = []
     for packing in ("padded", "packed"):
-        model = generate_quality.Model(params, "x at step 20", {"data": {"packing": packing}})
-        about, read = generate_quality.reference(args, {"x": model}, {})
+        model = judged_texts.Model(params, "x at step 20", {"data": {"packing": packing}})
+        about, read = judged_texts.reference(args, {"x": model}, {})
         assert (about["checkpoint"], about["length"]) == ("x at step 20", None)
         tokens, given = read()
         assert given.same_as(tokenizer)
@@ -547,4 +547,4 @@ def test_other_files_are_no_texts(tmp_path, content, reason):
     path = tmp_path / "other.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=rf"other\.jsonl is no samples\.jsonl as mode=sample writes it, .*{reason}"):
-        generate_quality.written(path, {}, 5)
+        judged_texts.written(path, {}, 5)

@@ -196,7 +196,6 @@ def test_guided_posteriors_equal_the_references(golden, weight, top_p):
         ({"tokens": [1]}, "come together"),
         ({"guidance": 2.0}, "give it as unconditional_fn"),
         ({"score": True}, "are of the absorbing process"),
-        ({"mask_id": 2}, "are of the absorbing process"),
         ({"temperature": np.inf}, "a finite number of at least 0.001"),
         ({"n_steps": 1.5}, "n_steps is 1.5; it must be a whole number"),
     ],

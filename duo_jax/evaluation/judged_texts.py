@@ -1,0 +1,198 @@
+"""The texts that `generate_quality` judges: whose they are, what they are compared with, and what was there already."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from duo_jax import progress
+from duo_jax.errors import UserError
+
+NONE = "none"
+
+
+class Model(NamedTuple):
+    """A network whose texts are judged.
+
+    Attributes:
+        params: the network.
+        checkpoint: where it lies and of which step it is, which tells it from others.
+        settings: the config of its run; None if it is no run's.
+    """
+
+    params: Any
+    checkpoint: str
+    settings: dict[str, Any] | None
+
+
+def opened(path_or_name: str) -> Model:
+    """Returns the network of anything that `duo_jax.load` takes."""
+    from duo_jax import api, convert
+    from duo_jax.training import checkpoint
+
+    path = convert.place(path_or_name)
+    if path.is_dir() and checkpoint.is_run(path):
+        run, step = checkpoint.find(path)
+        # The step that was found, whatever a run that goes on adds in the meantime.
+        params, record = checkpoint.read(checkpoint.folder_of(run, step))
+        return Model(params, f"{run} at step {step:,}", record.get("config"))
+    params = api.load(path_or_name)
+    if path.is_dir():
+        return Model(params, f"{path.resolve()} at step {convert.step(path):,}", None)
+    return Model(params, identity(path) if path.is_file() else path_or_name, None)
+
+
+def identity(path: Path) -> str:
+    """Returns a file's or folder's path and a hash that tells what it holds from what it held before."""
+    from duo_jax.data import sources
+
+    path = path.resolve()
+    files = [path] if path.is_file() else sources.list_files(path)
+    return f"{path} ({sources.fingerprint(files, path)[:12]})"
+
+
+def own_length(args: argparse.Namespace, network: Any) -> int | None:
+    """Returns `--length`, or None where it is the network's own, however that was asked for."""
+    return None if args.length == network.length else args.length
+
+
+def heldout(settings: dict[str, Any], num: int, length: int | None = None) -> tuple[Any, Any]:
+    """Returns `num` held-out rows of the data that a run with these settings uses, `[B, L]`, and their tokenizer.
+
+    They are as long as the run's rows, or as `length` says.
+    """
+    from ml_collections import ConfigDict
+
+    from duo_jax.data import prepare
+    from duo_jax.training import run as run_lib
+
+    config = ConfigDict(settings)
+    config.eval.batch_size, config.eval.batches = num, 1
+    config.model.length = length or config.model.length
+    folder = run_lib.prepared(config)
+    return first_rows(run_lib.heldout(config, folder), folder, num), prepare.load_tokenizer(folder)
+
+
+def heldout_of(path: Path, tokenizer: Any, packing: str, num: int, length: int) -> tuple[Any, Any]:
+    """Returns the first `num` rows of a text, `[B, L]`, cut by a tokenizer, and that."""
+    from duo_jax import config as config_lib
+    from duo_jax.data import pipeline, text_sets
+
+    text = config_lib.default().eval
+    text.path = str(path)
+    batches = pipeline.heldout_batches(
+        text_sets.read(text, tokenizer),
+        length=length,
+        batch_size=num,
+        packing=packing,
+        max_batches=1,
+    )
+    return first_rows(batches, path, num), tokenizer
+
+
+def first_rows(batches: Iterable[dict[str, Any]], source: Path, num: int) -> Any:
+    """Returns the tokens of the first batch's rows that are no padding; says where they are fewer than `num`."""
+    batch = next(iter(batches))
+    whole = batch["mask"].any(axis=1)
+    if whole.sum() < num:
+        progress.say(
+            f"{source} has {whole.sum()} held-out rows, so the figures of real text are of these, not of {num}."
+        )
+    return batch["tokens"][whole]
+
+
+def written(path: Path, models: dict[str, Model], num: int) -> tuple[Any, Any]:
+    """Returns the first `num` rows of a file as `mode=sample` writes it, `[B, L]`, and their tokenizer.
+
+    That is the one beside the file, or a network's: whichever makes the rows' texts of their tokens.
+
+    Raises:
+        UserError: the file is of another kind, or its tokenizer is neither.
+    """
+    import numpy as np
+
+    from duo_jax import api
+    from duo_jax.training import checkpoint
+
+    try:
+        with path.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in itertools.islice(lines, num)]
+        texts, tokens = [row["text"] for row in rows], np.array([row["tokens"] for row in rows], np.int32)
+        if tokens.ndim != 2:
+            raise ValueError("it is empty, or tokens is no list")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"--texts: {path} is no samples.jsonl as mode=sample writes it, with `tokens`, equally many in each row, and "
+            f"their `text`: {reason}."
+        ) from error
+    if len(rows) < num:
+        progress.say(f"{path} has {len(rows)} texts, so its figures are of these, not of {num}.")
+
+    def fits(tokenizer: Any) -> bool:
+        try:
+            return all(tokenizer.decode(row) == text for row, text in zip(tokens, texts, strict=True))
+        except UserError:  # not all are ids of it
+            return False
+
+    beside = path.resolve().parent / checkpoint.TOKENIZER
+    places = [str(beside)] if beside.is_dir() else []
+    for place in [*places, *(model.params.tokenizer for model in models.values())]:
+        if fits(tokenizer := api.tokenizer_of(place)):
+            return tokens, tokenizer
+    raise UserError(
+        f"--texts: {path} holds tokens that no tokenizer at hand makes its texts of; leave it in the folder that "
+        f"mode=sample wrote it to, beside {checkpoint.TOKENIZER}/, or name that network among --models."
+    )
+
+
+# What tells a set of texts that was not sampled here, and what gives its rows and their tokenizer.
+Given = tuple[dict[str, Any], Callable[[], tuple[Any, Any]]]
+
+
+def already_written(args: argparse.Namespace, models: dict[str, Model]) -> dict[str, Given]:
+    """Returns the sets of `--texts`, by name."""
+    given = {}
+    for name, file in args.texts.items():
+        path = Path(file).expanduser()
+        found = written(path, models, args.num)
+        given[name] = {"checkpoint": identity(path), "length": found[0].shape[1]}, lambda found=found: found
+    return given
+
+
+def reference(args: argparse.Namespace, models: dict[str, Model], texts: dict[str, Given]) -> Given | None:
+    """Returns the set of texts to compare with; None if none is wanted.
+
+    Raises:
+        UserError: none is given, and no network is of a run, whose data it could be.
+    """
+    from duo_jax import api
+
+    if args.heldout == NONE:
+        return None
+    if args.heldout is None:
+        run = next((model for model in models.values() if model.settings is not None), None)
+        if run is None:
+            raise UserError(
+                "the text to compare with is held-out data of a run, and none of --models is a run: name one, too, or give "
+                "a text file or folder as --heldout, or --heldout=none to do without."
+            )
+        about = {"checkpoint": run.checkpoint, "length": own_length(args, run.params.network)}
+        return about, functools.partial(heldout, run.settings, args.num, args.length)
+    path, packing = Path(args.heldout).expanduser(), "packed"
+    if models:
+        first = next(iter(models.values()))
+        about = {"checkpoint": first.checkpoint, "length": own_length(args, first.params.network)}
+        tokenizer, length = api.tokenizer_of(first.params.tokenizer), first.params.network.length
+        packing = first.settings["data"]["packing"] if first.settings else packing
+    else:
+        like, read = next(iter(texts.values()))
+        (_, tokenizer), length = read(), like["length"]
+        about = {"checkpoint": like["checkpoint"], "length": args.length or length}
+    read = functools.partial(heldout_of, path, tokenizer, packing, args.num, args.length or length)
+    return about | {"text": identity(path)}, read
