@@ -1,7 +1,9 @@
 """A run small enough for tests: a 20k-parameter network on a few hundred paragraphs of real text."""
 
+import importlib.util
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,13 @@ from duo_jax import config as config_lib
 from duo_jax.data import sources
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def cuda_compiler() -> bool:
+    """Whether JAX's compiler for NVIDIA GPUs, of whatever version of CUDA, is installed; the devices need not be here."""
+    package = importlib.util.find_spec("jax_plugins")
+    places = package.submodule_search_locations if package else []
+    return any(found.name.startswith("xla_cuda") for found in pkgutil.iter_modules(places))
 
 
 def write_text(folder: Path, documents: int = 400) -> Path:

@@ -1,19 +1,18 @@
 """GPUs that are not here: what the package makes of them, and what their compiler says."""
 
-import importlib.util
 import json
 import sys
 
 import jax.numpy as jnp
 import pytest
-from helpers import run
+from helpers import cuda_compiler, run
 
 from benchmarks import absent
 from duo_jax.errors import UserError
 from duo_jax.models.network import chunk_budget, fastest_dtype
 
 # As installed by the extra `cuda`; the environment of the tests on a CPU is without it.
-COMPILER = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")
+COMPILER = cuda_compiler()
 MEMORY = [
     sys.executable, "-m", "benchmarks.memory", "--config=configs/quickstart.py", "--vocab_size=500",
     "--config.model.dim=64", "--config.model.blocks=1", "--config.model.heads=1", "--config.model.length=64",

@@ -1,17 +1,16 @@
 """The least time that a GPU's program takes."""
 
-import importlib.util
 import json
 import sys
 
 import pytest
-from helpers import make_config, run
+from helpers import cuda_compiler, make_config, run
 
 from benchmarks import absent, floor
 from benchmarks.hlo import Kernel
 from duo_jax.errors import UserError
 
-COMPILER = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")
+COMPILER = cuda_compiler()
 FOUND = {
     "environment": {"devices": 1, "device": "NVIDIA H100", "platform": "gpu", "jax": "0.0"},
     "program": "train duo:topk", "batch": 2, "length": 32, "vocab": 500, "blocks": 1, "dtype": "bfloat16",
