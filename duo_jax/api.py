@@ -68,9 +68,9 @@ class Score(_Estimate):
         tokens: how many tokens were scored, BOS and EOS included (but for the given BOS of an autoregressive network).
     """
 
-    tokens: int
+    tokens: int = 0  # of what is made of the pair alone, as `jax.tree.map` does
 
-    def __new__(cls, nll: float, stderr: float, tokens: int) -> Score:
+    def __new__(cls, nll: float, stderr: float, tokens: int = 0) -> Score:
         """Makes the pair."""
         pair = super().__new__(cls, nll, stderr)
         pair.tokens = tokens
@@ -137,6 +137,8 @@ def train(config: ConfigDict, workdir: str | Path, *, writers: Sequence[Any] = (
     """
     from duo_jax.training import loop
 
+    if not isinstance(workdir, str | Path):
+        raise UserError(f"workdir is {workdir!r}; give a folder for the run.")
     if loop.train(config, str(Path(workdir).expanduser()), writers) is not None:
         raise KeyboardInterrupt
 

@@ -44,18 +44,10 @@ def _load(path: str) -> ConfigDict:
         config = module.get_config()
     except Exception as error:
         raise UserError(f"--config={path} cannot be read: {type(error).__name__}: {error}.") from error
-    known = config_lib.flatten(config_lib.default()).keys()
-    has = config_lib.flatten(config).keys() if isinstance(config, ConfigDict) else set()
-    missing = known - has
-    if strange := sorted(has - known):
-        near = difflib.get_close_matches(strange[0], known, n=1)
-        raise UserError(
-            f"--config={path} sets {strange[0]}, which is no setting" + (f"; did you mean {near[0]}?" if near else ".")
-        )
-    if missing:
-        raise UserError(
-            f"--config={path}: its get_config() lacks {', '.join(sorted(missing)[:3])}; start from duo_jax.config.default()."
-        )
+    try:
+        config_lib.check_names(config)
+    except UserError as error:
+        raise UserError(f"--config={path}: {error}") from error
     return config
 
 

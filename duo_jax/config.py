@@ -28,6 +28,7 @@ The knobs that papers rarely explain:
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -231,12 +232,26 @@ def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
         raise UserError(f"config.{name} is {value!r}; choose one of {', '.join(allowed)}.")
 
 
+def check_names(config: Any) -> None:
+    """Raises UserError unless a config has all settings, and no others, of which most are slips of the pen."""
+    known = flatten(default()).keys()
+    has = flatten(config).keys() if isinstance(config, ConfigDict) else set()
+    if strange := sorted(has - known):
+        near = difflib.get_close_matches(strange[0], known, n=1)
+        raise UserError(
+            f"the config sets {strange[0]}, which is no setting{f'; did you mean {near[0]}?' if near else '.'}"
+        )
+    if missing := sorted(known - has):
+        raise UserError(f"the config lacks {', '.join(missing[:3])}; start from duo_jax.config.default().")
+
+
 def check(config: ConfigDict) -> None:
     """Checks what can be checked without data or devices.
 
     Raises:
-        UserError: one sentence about the first value that cannot work.
+        UserError: one sentence about the first name or value that cannot work.
     """
+    check_names(config)
     _one_of("mode", config.mode, MODES)
     _one_of("precision", config.precision, PRECISIONS)
     _one_of("algo.name", config.algo.name, ALGORITHMS)

@@ -72,10 +72,13 @@ def _own_data(config: ConfigDict, record: dict[str, Any]) -> ConfigDict:
     what was meant, the config counts as it is.
     """
     given = cli.given()
-    if given is None or any(name.startswith("data.") for name in given) or "config" not in record:
+    if given is None or "config" not in record:
+        return config
+    named = {name.removeprefix("data.") for name in given if name.startswith("data.")}
+    if named - {"workers", "dir"}:  # these say how the data are read, and not which they are
         return config
     own = config.copy_and_resolve_references().unlock()
-    own.data.update(record["config"]["data"] | {"workers": config.data.workers})
+    own.data.update({name: value for name, value in record["config"]["data"].items() if name not in named})
     return own.lock()
 
 

@@ -161,6 +161,8 @@ def test_a_score_is_a_pair(params):
     assert (nll, stderr) == (score.nll, score.stderr)
     assert float(score) == nll
     assert copy.deepcopy(score).tokens == score.tokens
+    assert jax.tree.map(lambda x: 2 * x, score) == (2 * nll, 2 * stderr)
+    assert score._replace(nll=1.0).nll == 1.0
     assert "tokens=" in repr(score)
 
 

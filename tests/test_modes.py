@@ -61,6 +61,9 @@ def test_an_evaluation_is_of_the_runs_own_data_unless_others_are_given(copy, tex
     modes.run(make_config(recipe), str(copy))
     report = json.loads((copy / "eval.json").read_text())
     assert (report["source"], report["path"]) == ("text", str(text_folder / "text.jsonl"))
+    monkeypatch.setattr(cli, "given", lambda: {"data.workers", "data.dir"})  # how they are read, not which they are
+    modes.run(make_config({**recipe, "data.dir": settings["data.dir"]}), str(copy))
+    assert json.loads((copy / "eval.json").read_text())["source"] == "text"
     monkeypatch.setattr(cli, "given", lambda: {"data.source", "data.path"})
     with pytest.raises(UserError, match="nowhere"):
         modes.run(make_config({**settings, "data.path": "nowhere", "data.dir": str(copy / "none")}), str(copy))

@@ -356,6 +356,8 @@ def _load_folder(folder: Path) -> Tokenizer:
         if model.get_vocab_size() != config["vocab_size"]:
             raise ValueError(f"{_HF_FILE} holds {model.get_vocab_size()} ids instead of {config['vocab_size']}")
         return _HuggingFace(config["name"], model, special)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"The tokenizer in {folder} is damaged ({error}); prepare the data again, or restore the folder."

@@ -75,9 +75,11 @@ class Model(LM):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Returns how each context goes on until one of the strings `until`, EOS, or `max_gen_toks` tokens."""
+        if not requests:
+            return []
         network, tokenizer = self._params.network, self._tokenizer
         known, held, starts = (np.zeros((len(requests), network.length), dtype) for dtype in (np.int32, bool, np.int32))
-        room = [int(request.args[1].get("max_gen_toks", network.length // 2)) for request in requests]
+        room = [int(request.args[1].get("max_gen_toks") or network.length // 2) for request in requests]
         for i, request in enumerate(requests):
             if not 1 <= room[i] < network.length:
                 raise UserError(f"a task asks for {room[i]} tokens; the network writes up to {network.length - 1}.")

@@ -169,7 +169,7 @@ class Network:
 
     def embed(self, weights: Weights, inputs: jax.Array, mix: jax.Array | None = None) -> jax.Array:
         """Returns `DiT.embedded`, `[B, L, D]`."""
-        return self.module.apply({"params": weights}, inputs, mix, method=DiT.embedded)
+        return self.module.apply({"params": weights}, inputs, mix, method="embedded")
 
     def hidden(
         self,
@@ -183,7 +183,7 @@ class Network:
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
         return self.module.apply(
-            {"params": weights}, x, sigma, train=train, lengths=lengths, rngs=rngs, method=DiT.hidden
+            {"params": weights}, x, sigma, train=train, lengths=lengths, rngs=rngs, method="hidden"
         )
 
     def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:

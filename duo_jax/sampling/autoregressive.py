@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from duo_jax.diffusion import categorical
 from duo_jax.diffusion.arrays import token_keys
-from duo_jax.models.dit import DiT
 from duo_jax.models.network import Network
 from duo_jax.sampling import ticks
 from duo_jax.sampling.settings import Settings
@@ -36,7 +35,7 @@ def run(
     def take(carry: tuple[jax.Array, Any], step: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
         current, cache = carry
         keys, position, fixed, is_held, told = step
-        hidden, cache = module.apply(variables, current[:, None], cache, position, method=DiT.next_hidden)
+        hidden, cache = module.apply(variables, current[:, None], cache, position, method="next_hidden")
         logits = categorical.without(network.logits(weights, hidden[:, 0]) / temperature, network.mask_id)
         if settings.nucleus:
             logits = categorical.nucleus(logits, top_p)

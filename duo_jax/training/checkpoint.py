@@ -185,9 +185,8 @@ class Checkpoints:
             record=ocp.args.JsonSave(record),
         )
         self.wait()
-        if shutil.disk_usage(self.folder).free < _size(
-            state
-        ):  # Orbax, once it writes, tells of it in hundreds of lines
+        # Orbax, once it writes, tells of a full disk in hundreds of lines. Of several hosts none may give up alone.
+        if jax.process_count() == 1 and shutil.disk_usage(self.folder).free < _size(state):
             raise self._full()
         self._guard(lambda: self._manager.save(step, args=items))
 

@@ -111,7 +111,8 @@ def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, initial: Any,
         UserError: the checkpoint is of another run, with the settings that differ; or the disk has no room for a first one.
     """
     latest = checkpoints.latest()
-    checkpoints.check_space(like, 1 if latest else 2)
+    if latest is None or latest < config.train.steps:
+        checkpoints.check_space(like, 2 if latest is None else 1)
     if latest is None:
         return initial(run.start_from())
     record = checkpoints.record(latest)

@@ -3,7 +3,7 @@
 The batch is split over both axes, `data` and `fsdp`. Over `fsdp`, parameters, EMA and optimizer state are split too, each
 along its largest axis that divides, and XLA gathers a layer's weights where it uses them. So it does for the vocabulary
 head: each device has all of it for the logits of its own rows, and only the gradient is summed over the devices, once a
-step (see `models.head.weighted_sum`). One device is a mesh of one.
+part of a step (`config.train.accumulate`; see `models.head.weighted_sum`). One device is a mesh of one.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def test_generation_stops_where_it_is_told(model):
     stop = free[len(free) // 2]
     (cut,) = model.generate_until([request(context, {"until": [stop, ""], "max_gen_toks": 20})])
     assert cut == free.split(stop)[0]
+    assert model.generate_until([]) == []
     with pytest.raises(duo_jax.UserError, match="asks for 64 tokens"):
         model.generate_until([request(context, {"max_gen_toks": 64})])
 

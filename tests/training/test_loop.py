@@ -270,3 +270,7 @@ def test_training_from_python_in_a_thread_with_a_writer_and_in_parts(text_folder
     assert memory.closed == 1
     with pytest.raises(UserError, match=r"config\.train\.steps is 0"):
         duo_jax.train(make_config({**tiny_settings(text_folder), "train.steps": 0}), tmp_path)
+    with pytest.raises(UserError, match=r"the config lacks .*; start from duo_jax\.config\.default"):
+        duo_jax.train({}, tmp_path)
+    with pytest.raises(UserError, match="workdir is None"):
+        duo_jax.train(make_config(tiny_settings(text_folder)), None)
