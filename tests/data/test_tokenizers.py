@@ -404,7 +404,9 @@ class TestHuggingFace:
 
     def test_what_cannot_be_used(self, trained, tmp_path):
         model = hf.Tokenizer(hf.models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
-        with pytest.raises(UserError, match=r"tokenizer\.json is of a kind \(Unigram\) .*give a byte-level BPE") as told:
+        with pytest.raises(
+            UserError, match=r"tokenizer\.json is of a kind \(Unigram\) .*give a byte-level BPE"
+        ) as told:
             tokenizers.load(self.save(model, tmp_path))
         assert "damaged" not in str(told.value)
         model = hf.Tokenizer(hf.models.BPE({"a": 0, "</s>": 1}, []))

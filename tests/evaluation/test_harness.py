@@ -1,5 +1,6 @@
 """The lm-evaluation-harness on a network: its requests answered, and the command line."""
 
+import importlib
 import json
 import sys
 import types
@@ -141,3 +142,10 @@ def test_a_task_from_the_command_line(tmp_path, monkeypatch):
         assert done.returncode == 2, done.stderr
         assert told in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "duo_jax.evaluation.harness_model")
+    with pytest.raises(duo_jax.UserError, match=r"pip install 'duo_jax\[harness\]'"):
+        importlib.import_module("duo_jax.evaluation.harness_model")
