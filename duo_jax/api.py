@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +22,10 @@ from duo_jax import progress as progress_lib
 from duo_jax.data import tokenizers
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood
+from duo_jax.evaluation import rows as rows_lib
 from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint
 
-# Rows that one call of the network scores at once; a bounded number, whatever the length of the text.
-_SCORE_ROWS = 32
-# Rows are filled up to a multiple of so many tokens.
-_SCORE_LENGTH = 32
 # Texts that one call of the sampler writes at once on a device, unless said otherwise.
 _ROWS_A_DEVICE = 64
 
@@ -354,47 +350,6 @@ def _seed(value: Any) -> int:
     return seed
 
 
-def rows_of(tokens: list[int], tokenizer: tokenizers.Tokenizer, length: int) -> list[list[int]]:
-    """Cuts a text's tokens into rows as in training, BOS ... EOS, the last one as short as it comes."""
-    body = length - 2
-    pieces = [tokens[i : i + body] for i in range(0, max(len(tokens), 1), body)]
-    return [[tokenizer.bos_id, *piece, tokenizer.eos_id] for piece in pieces]
-
-
-def _after(prompt: Any, text: str, tokenizer: tokenizers.Tokenizer, length: int) -> tuple[list[int], int]:
-    """Returns the one row of a prompt and a text, BOS ... EOS, and how many of its tokens are given."""
-    if not isinstance(prompt, str):
-        raise UserError(f"prompt is {prompt!r}; give text.")
-    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
-    row = [tokenizer.bos_id, *whole, tokenizer.eos_id]
-    if len(row) > length:
-        raise UserError(
-            f"the prompt and the text are {len(row)} tokens with BOS and EOS, and the network reads {length}; shorten them."
-        )
-    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
-    return row, 1 + sum(1 for _ in alike)  # a token that is partly the prompt's is scored
-
-
-def _blocks(rows: list[Any], given: int, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Groups rows into batches `[b, l]` of a few shapes, short ones filled up to them, so that few programs are compiled."""
-
-    def room(row: Any) -> int:
-        return min(-(-len(row) // _SCORE_LENGTH) * _SCORE_LENGTH, length)
-
-    for filled in sorted(set(map(room, rows))):
-        alike = [row for row in rows if room(row) == filled]
-        for i in range(0, len(alike), _SCORE_ROWS):
-            block = alike[i : i + _SCORE_ROWS]
-            lengths = np.array([len(row) for row in block], np.int32)
-            tokens = np.array([np.pad(np.asarray(row, np.int32), (0, filled - len(row))) for row in block])
-            place = np.arange(filled)
-            counted = (place >= given) & (place < lengths[:, None])
-            batch = {"tokens": tokens, "mask": counted.astype(np.float32)}
-            if given or (lengths < filled).any():
-                batch |= {"given": ~counted, "lengths": lengths}
-            yield batch
-
-
 def score(
     params: Params, text_or_tokens: Any, *, prompt: str | None = None, seed: int = 0, n_samples: int = 16
 ) -> Score:
@@ -428,9 +383,9 @@ def score(
             raise UserError("there is nothing to score: the text is empty.")
         tokenizer = tokenizer_of(params.tokenizer)
         if prompt is None:
-            rows: list[Any] = rows_of(tokenizer.encode(text_or_tokens), tokenizer, network.length)
+            rows: list[Any] = rows_lib.of_text(tokenizer.encode(text_or_tokens), tokenizer, network.length)
         else:
-            row, given = _after(prompt, text_or_tokens, tokenizer, network.length)
+            row, given = rows_lib.after_prompt(prompt, text_or_tokens, tokenizer, network.length)
             rows = [row]
     elif prompt is not None:
         raise UserError("a prompt was given with token ids; score a string, or leave the prompt out.")
@@ -456,7 +411,7 @@ def score(
     estimates = np.zeros(n_samples)
     count = 0
     key = jax.random.key(seed)
-    for i, block in enumerate(_blocks(rows, given, network.length)):
+    for i, block in enumerate(rows_lib.batches(rows, given, network.length)):
         batch = jax.device_put(block)
         keys = jax.random.split(jax.random.fold_in(key, i), n_samples)
         sums = jax.device_get([likelihood.nll_sum(params.weights, batch, k, network=network) for k in keys])

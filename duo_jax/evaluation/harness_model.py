@@ -11,6 +11,7 @@ import numpy as np
 from duo_jax import api, progress
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood
+from duo_jax.evaluation import rows as rows_lib
 from duo_jax.models.network import Params
 
 try:
@@ -24,9 +25,6 @@ except ImportError as error:
 
 # Token ids, BOS first, and where the part of them begins that is scored.
 Row = tuple[list[int], int]
-
-# Texts are filled up to a multiple of so many tokens, so that few programs are compiled.
-_ROOM = 32
 
 
 class Model(LM):
@@ -65,7 +63,7 @@ class Model(LM):
         """Returns each text's log-likelihood in nats, the sum of those of rows BOS ... EOS as in training, EOS included."""
 
         def rows(text: str) -> list[Row]:
-            rows = api.rows_of(self._tokenizer.encode(text), self._tokenizer, self._params.network.length)
+            rows = rows_lib.of_text(self._tokenizer.encode(text), self._tokenizer, self._params.network.length)
             return [(row, 1) for row in rows] if text else []
 
         found = [nats for nats, _ in self._scored([rows(*request.args) for request in requests])]
@@ -135,8 +133,7 @@ class Model(LM):
 
         with progress.bar(total=len(owners), desc="scoring", unit=" texts") as bar:
             for i, (tokens, first) in sorted(owners, key=lambda owner: len(owner[1][0])):
-                row = np.zeros(min(-(-len(tokens) // _ROOM) * _ROOM, network.length), np.int32)
-                row[: len(tokens)] = tokens
+                row = rows_lib.filled(tokens, network.length)
                 result = likelihood.continuation(
                     self._params.weights, row, first, len(tokens), key, network=network, n_samples=self._n_samples
                 )

@@ -1,0 +1,70 @@
+"""Rows of tokens as likelihoods are measured on: cut from a text, and filled up to few shapes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from duo_jax.data.tokenizers import Tokenizer
+from duo_jax.errors import UserError
+
+# Rows that one call of the network scores at once; a bounded number, whatever the length of the text.
+_ROWS = 32
+# Rows are filled up to a multiple of so many tokens.
+_MULTIPLE = 32
+
+
+def of_text(tokens: list[int], tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Cuts a text's tokens into rows as in training, BOS ... EOS, the last one as short as it comes."""
+    body = length - 2
+    pieces = [tokens[i : i + body] for i in range(0, max(len(tokens), 1), body)]
+    return [[tokenizer.bos_id, *piece, tokenizer.eos_id] for piece in pieces]
+
+
+def after_prompt(prompt: Any, text: str, tokenizer: Tokenizer, length: int) -> tuple[list[int], int]:
+    """Returns the one row of a prompt and a text, BOS ... EOS, and how many of its tokens are given.
+
+    Raises:
+        UserError: the prompt is no text, or the row is longer than `length`.
+    """
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt is {prompt!r}; give text.")
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
+    row = [tokenizer.bos_id, *whole, tokenizer.eos_id]
+    if len(row) > length:
+        raise UserError(
+            f"the prompt and the text are {len(row)} tokens with BOS and EOS, and the network reads {length}; shorten them."
+        )
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+    return row, 1 + sum(1 for _ in alike)  # a token that is partly the prompt's is scored
+
+
+def filled(row: Sequence[int], length: int) -> np.ndarray:
+    """Returns a row of at most `length` tokens, int32, with zeros up to one of few lengths: few programs are compiled."""
+    room = min(-(-len(row) // _MULTIPLE) * _MULTIPLE, length)
+    return np.pad(np.asarray(row, np.int32), (0, room - len(row)))
+
+
+def batches(rows: Sequence[Sequence[int]], given: int, length: int) -> Iterator[dict[str, np.ndarray]]:
+    """Groups rows into batches of a few shapes, as `objectives` take them: `tokens` and `mask`, `[b, l]`, and where rows are
+    short, or their first tokens given, also `given` and `lengths`.
+
+    Args:
+        rows: token ids, at most `length` each.
+        given: how many tokens at the beginning of each are given, not scored.
+        length: the network's.
+    """
+    pairs = [(filled(row, length), len(row)) for row in rows]
+    for shape in sorted({len(tokens) for tokens, _ in pairs}):
+        alike = [pair for pair in pairs if len(pair[0]) == shape]
+        for i in range(0, len(alike), _ROWS):
+            tokens, lengths = map(np.array, zip(*alike[i : i + _ROWS], strict=True))
+            place = np.arange(shape)
+            counted = (place >= given) & (place < lengths[:, None])
+            batch = {"tokens": tokens, "mask": counted.astype(np.float32)}
+            if given or (lengths < shape).any():
+                batch |= {"given": ~counted, "lengths": lengths.astype(np.int32)}
+            yield batch
