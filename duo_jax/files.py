@@ -1,10 +1,11 @@
-"""Files that processes share: locks, and whether something can be written before hours of work are put into it."""
+"""Files: locks on what processes share, whether something can be written before hours of work, where packages lie."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,12 @@ from duo_jax.errors import UserError
 
 # What some networks' disks answer where a lock is asked for.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+def package_folder(package: str) -> Path | None:
+    """Returns the folder of an installed package without importing it (data packages may lack dependencies)."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from duo_jax import api, cli, files, progress, sampling
 from duo_jax import config as config_lib
 from duo_jax.data import prepare, text_sets
 from duo_jax.data.packing import Store
-from duo_jax.data.tokenizers import Tokenizer
+from duo_jax.data.tokenizer import Tokenizer
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint, loop, partition

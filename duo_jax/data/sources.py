@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from duo_jax.data.tokenizers import package_folder
 from duo_jax.errors import UserError
+from duo_jax.files import package_folder
 
 NAMES = ("wiki", "text", "openwebtext", "lm1b")
 TRAIN, HELDOUT = SPLITS = ("train", "heldout")

@@ -12,7 +12,7 @@ import numpy as np
 from duo_jax import progress
 from duo_jax.data import detokenizers, prepare, sources
 from duo_jax.data.shards import MemoryStore
-from duo_jax.data.tokenizers import Tokenizer
+from duo_jax.data.tokenizer import Tokenizer
 from duo_jax.errors import UserError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from duo_jax import sampling
-from duo_jax.data.tokenizers import Tokenizer
+from duo_jax.data.tokenizer import Tokenizer
 from duo_jax.evaluation.judges import Judge
 
 PROTOCOLS = OURS, REFERENCE = "ours", "reference"

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duo_jax.data.tokenizers import package_folder
 from duo_jax.errors import UserError
+from duo_jax.files import package_folder
 from duo_jax.models import language_model
 from duo_jax.models.language_model import Spec, Weights
 

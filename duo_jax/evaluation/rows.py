@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from duo_jax.data.tokenizers import Tokenizer
+from duo_jax.data.tokenizer import Tokenizer
 from duo_jax.errors import UserError
 
 # Rows that one call of the network scores at once; a bounded number, whatever the length of the text.

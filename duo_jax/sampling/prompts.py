@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from duo_jax.data.tokenizers import Tokenizer, clean_unicode
+from duo_jax.data.tokenizer import Tokenizer, clean_unicode
 from duo_jax.errors import UserError
 
 GAP = re.compile(r"\s*_{3,}")

