@@ -19,7 +19,6 @@ EXTRAS = {
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff==0.17.6",
-        "scipy>=1.13",
     ],
 }
 
@@ -46,6 +45,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.20",
         "safetensors>=0.4.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6.2",
         "tiktoken>=0.12",
         "tokenizers>=0.21",

@@ -71,7 +71,9 @@ def test_the_mathematics_knows_nothing_of_networks_or_configs():
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        outside = {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"jax", "numpy", "duo_jax"}
+        outside = (
+            {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"jax", "numpy", "scipy", "duo_jax"}
+        )
         assert not outside, f"{path} imports {outside}"
         assert set(imports(path)) <= {"diffusion", "errors"}, path
 

@@ -154,35 +154,16 @@ def _fit_polynomial(degree: int, t: np.ndarray, target: np.ndarray) -> tuple[flo
 
 
 def _fit_sigmoid(t: np.ndarray, target: np.ndarray, *, edges: bool) -> tuple[float, ...]:
-    plain = _least_squares(
-        lambda p: _sigmoid_curve(t, (*p, 0.0, 0.0, 0.0), np.tanh), np.array([1.0, -5.0, 2.0, 0.0]), target
-    )
+    from scipy import optimize  # slow to import, and only these two forms need it
+
+    none = (0.0, 0.0, 0.0)
+    plain = optimize.least_squares(lambda p: _sigmoid_curve(t, (*p, *none), np.tanh) - target, (1.0, -5.0, 2.0, 0.0)).x
     if not edges:
-        return (*map(float, plain), 0.0, 0.0, 0.0)
+        return (*map(float, plain), *none)
     # The correction switches over near the middle of the curve; where exactly decides which minimum is found.
-    starts = [np.array([*plain, -0.1, 20.0, -20.0 * centre]) for centre in (0.35, 0.5, 0.65)]
-    fits = [_least_squares(lambda p: _sigmoid_curve(t, p, np.tanh), start, target) for start in starts]
-    best = min(fits, key=lambda p: np.sum((_sigmoid_curve(t, p, np.tanh) - target) ** 2))
-    return tuple(map(float, best))
-
-
-def _least_squares(curve: Callable[[np.ndarray], np.ndarray], start: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Levenberg and Marquardt's minimum of |curve(p) - target|^2 over p, from `start`."""
-    p, damping = start, 1e-2
-    residual = curve(p) - target
-    for _ in range(300):
-        steps = 1e-6 * np.maximum(np.abs(p), 1e-3)
-        jacobian = np.stack([(curve(p + e) - curve(p - e)) / (2.0 * e.sum()) for e in np.diag(steps)], axis=-1)
-        normal = jacobian.T @ jacobian
-        proposal = p - np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-12), jacobian.T @ residual)
-        proposed = curve(proposal) - target
-        if proposed @ proposed < residual @ residual:
-            p, residual, damping = proposal, proposed, max(damping / 3.0, 1e-12)
-        else:
-            damping *= 4.0
-        if damping > 1e12:
-            break
-    return p
+    starts = [(*plain, -0.1, 20.0, -20.0 * centre) for centre in (0.35, 0.5, 0.65)]
+    fits = [optimize.least_squares(lambda p: _sigmoid_curve(t, p, np.tanh) - target, start) for start in starts]
+    return tuple(map(float, min(fits, key=lambda fit: fit.cost).x))
 
 
 def _exact_on_host(gamma: np.ndarray, vocab_size: int) -> np.ndarray:
