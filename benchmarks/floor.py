@@ -16,14 +16,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import absent, flops, hlo, measure, programs, report
-from duo_jax import cli
 from duo_jax.errors import UserError
 
 COLUMNS = {"part": "part", "kernels": "kernels", "gb": "GB", "tflop": "TFLOP", "ms": "floor ms", "share": "%"}
@@ -131,58 +129,32 @@ def text(found: dict[str, Any], top: int) -> str:
     )
 
 
-def run(
-    config: ConfigDict,
-    *,
-    device: str | None,
-    vocab_size: int | None,
-    which: Sequence[str],
-    cases: Sequence[str],
-    gbs: float | None,
-    tflops: float | None,
-    trips: int,
-) -> dict[str, Any]:
-    """Returns the report: of each program its floor and its parts."""
-    if device is None:
+def run(config: ConfigDict, options: Any) -> dict[str, Any]:
+    """Returns what the flags ask for: of each program its floor and its parts."""
+    if options.device is None:
         raise UserError(f"--device is missing; give one of {', '.join(absent.GPUS)}.")
-    gpu = absent.find(device)
-    rates = Rates(gpu.bandwidth if gbs is None else gbs * 1e9, gpu.flops if tflops is None else tflops * 1e12)
-    if min(rates.bytes, rates.flops) <= 0 or trips < 1:
-        raise UserError(f"--gbs is {gbs}, --tflops {tflops}, --trips {trips}; they must be above 0.")
-    size = programs.vocabulary(config, vocab_size)
-    todo = programs.chosen(config, which, cases)
-    return {"programs": [measure.in_fresh_process(floor, config, size, case, device, rates, trips) for case in todo]}
-
-
-def main(config: ConfigDict) -> None:
-    """Counts as the flags say."""
-    options = flags.FLAGS
-    folder = report.check_folder(options.out)
-    found = run(
-        config,
-        device=options.device,
-        vocab_size=options.vocab_size,
-        which=options.programs,
-        cases=options.cases,
-        gbs=options.gbs,
-        tflops=options.tflops,
-        trips=options.trips,
+    gpu = absent.find(options.device)
+    rates = Rates(
+        gpu.bandwidth if options.gbs is None else options.gbs * 1e9,
+        gpu.flops if options.tflops is None else options.tflops * 1e12,
     )
-    told = "\n\n".join(text(program, options.top) for program in found["programs"])
-    print(f"\n{told}\n")
-    report.save(folder, "floor", found, told)
+    if min(rates.bytes, rates.flops) <= 0 or options.trips < 1:
+        raise UserError(
+            f"--gbs is {options.gbs}, --tflops {options.tflops}, --trips {options.trips}; they must be above 0."
+        )
+    size = programs.vocabulary(config, options.vocab_size)
+    how = options.device, rates, options.trips
+    todo = programs.chosen(config, options.programs, options.cases)
+    return {"programs": [measure.in_fresh_process(floor, config, size, case, *how) for case in todo]}
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("device", None, f"The GPU, which need not be here: {', '.join(absent.GPUS)}.")
-    flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
-    flags.DEFINE_list("programs", ["train"], "What is counted: train, sample.")
-    flags.DEFINE_list("cases", [], "What to train, as for benchmarks.train; the config's first phase if not given.")
+    programs.define_flags(["train"])
     flags.DEFINE_float("gbs", None, "What the memory reaches, GB/s; the data sheet's figure if not given.")
     flags.DEFINE_float(
         "tflops", None, "What products of matrices reach, TFLOP/s; the data sheet's figure if not given."
     )
     flags.DEFINE_integer("trips", 1, "How often a loop of unknown length runs.")
     flags.DEFINE_integer("top", 30, "How many parts are shown.")
-    flags.DEFINE_string("out", None, "A folder for floor.json and floor.md.")
-    cli.run(main)
+    report.main("floor", run, lambda found: "\n\n".join(text(part, flags.FLAGS.top) for part in found["programs"]))

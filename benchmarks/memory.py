@@ -23,7 +23,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import absent, measure, programs, report
-from duo_jax import cli
 from duo_jax.errors import UserError
 
 COLUMNS = {
@@ -173,33 +172,25 @@ def target(platform: str | None, device: str | None) -> Iterator[Sequence[jax.De
     yield jax.devices()
 
 
-def run(
-    config: ConfigDict,
-    *,
-    gib: float,
-    vocab_size: int | None,
-    which: Sequence[str],
-    cases: Sequence[str],
-    most: int,
-    refine: int,
-    platform: str | None,
-    device: str | None,
-) -> dict[str, Any]:
-    """Returns the report: where, what was compiled, and for each program the largest batch that fits."""
-    if not gib or gib <= 0:
+def run(config: ConfigDict, options: Any) -> dict[str, Any]:
+    """Returns what the flags ask for: where, what was compiled, and for each program the largest batch that fits."""
+    if not options.gib or options.gib <= 0:
         raise UserError("--gib is missing; give the memory of one device in GiB, as in --gib=15.")
-    if most < 1 or refine < 0:
-        raise UserError(f"--most is {most} and --refine {refine}; give at least 1 and 0.")
-    if platform and device:
-        raise UserError(f"--platform={platform} and --device={device} say both what to compile for; give one of them.")
-    if device:
-        absent.find(device)
-    todo = programs.chosen(config, which, cases)
-    size = programs.vocabulary(config, vocab_size)
-    parts = [measure.in_fresh_process(search, config, size, case, gib, most, refine, platform, device) for case in todo]
+    if options.most < 1 or options.refine < 0:
+        raise UserError(f"--most is {options.most} and --refine {options.refine}; give at least 1 and 0.")
+    if options.platform and options.device:
+        raise UserError(
+            f"--platform={options.platform} and --device={options.device} say both what to compile for; give one of them."
+        )
+    if options.device:
+        absent.find(options.device)
+    todo = programs.chosen(config, options.programs, options.cases)
+    size = programs.vocabulary(config, options.vocab_size)
+    how = options.gib, options.most, options.refine, options.platform, options.device
+    parts = [measure.in_fresh_process(search, config, size, case, *how) for case in todo]
     return {
         "environment": parts[0]["environment"],
-        "gib": gib,
+        "gib": options.gib,
         "rows": [row for part in parts for row in part["rows"]],
         "answers": [part["answer"] for part in parts],
     }
@@ -230,33 +221,11 @@ def text(found: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def main(config: ConfigDict) -> None:
-    """Searches as the flags say."""
-    options = flags.FLAGS
-    folder = report.check_folder(options.out)
-    found = run(
-        config,
-        gib=options.gib,
-        vocab_size=options.vocab_size,
-        which=options.programs,
-        cases=options.cases,
-        most=options.most,
-        refine=options.refine,
-        platform=options.platform,
-        device=options.device,
-    )
-    print(f"\n{text(found)}\n")
-    report.save(folder, "memory", found, text(found))
-
-
 if __name__ == "__main__":
     flags.DEFINE_float("gib", None, "The memory of one device, GiB.")
-    flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
-    flags.DEFINE_list("programs", ["train", "sample"], "What is to fit: train, sample.")
-    flags.DEFINE_list("cases", [], "What to train, as for benchmarks.train; the config's first phase if not given.")
+    programs.define_flags(["train", "sample"])
     flags.DEFINE_integer("most", 4096, "The largest batch that is tried.")
     flags.DEFINE_integer("refine", 2, "How often the interval of the answer is halved after a doubling went too far.")
     flags.DEFINE_string("platform", None, "What to compile for: cpu, cuda, tpu; JAX's default if not given.")
     flags.DEFINE_string("device", None, f"Instead a GPU that need not be here: {', '.join(absent.GPUS)}.")
-    flags.DEFINE_string("out", None, "A folder for memory.json and memory.md.")
-    cli.run(main)
+    report.main("memory", run, text)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -96,6 +97,12 @@ def usual_cases(config: ConfigDict) -> list[Case]:
     if config.algo.name != "duo":
         return [Case(config.algo.name)]
     return [Case("duo", config.algo.curriculum.kind), Case("duo", "discrete")]
+
+
+def define_flags(usual: Sequence[str]) -> None:
+    """Defines `--programs`, which is `usual` if not given, and `--cases`, as `chosen` takes them."""
+    flags.DEFINE_list("programs", usual, "Which programs: train, sample.")
+    flags.DEFINE_list("cases", [], "What to train, as for benchmarks.train; the config's first phase if not given.")
 
 
 def chosen(config: ConfigDict, which: Sequence[str], cases: Sequence[str]) -> list[Case | None]:

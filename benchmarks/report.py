@@ -1,12 +1,15 @@
-"""Tables for people and JSON for programs."""
+"""The command line of each measurement, and its report: tables for people and JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
 
 from duo_jax import cli
 
@@ -73,3 +76,26 @@ def save(folder: Path | None, name: str, report: Mapping[str, Any], text: str) -
     (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     print(f"written to {folder / name}.json and .md")
+
+
+def main(
+    name: str, measure: Callable[[ConfigDict, Any], dict[str, Any]], text: Callable[[dict[str, Any]], str]
+) -> None:
+    """Runs `python -m benchmarks.NAME`: measures as the flags say, prints the report, and keeps it where `--out` says.
+
+    Args:
+        name: the measurement's; its own flags are defined already.
+        measure: returns the report; takes the config, and an object whose attributes are the values of all flags.
+        text: returns the report to read.
+    """
+    flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
+    flags.DEFINE_string("out", None, f"A folder for {name}.json and {name}.md.")
+
+    def call(config: ConfigDict) -> None:
+        folder = check_folder(flags.FLAGS.out)
+        found = measure(config, flags.FLAGS)
+        told = text(found)
+        print(f"\n{told}\n")
+        save(folder, name, found, told)
+
+    cli.run(call)

@@ -23,7 +23,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import flops, measure, programs, report, sweeps
-from duo_jax import cli
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network
@@ -144,39 +143,30 @@ def measure_case(config: ConfigDict, vocab_size: int, repeats: int) -> dict[str,
     return row | speed | per_call | {"times_s": taken}
 
 
-def run(
-    config: ConfigDict,
-    *,
-    vocab_size: int | None,
-    samplers: Sequence[str],
-    n_steps: Sequence[int],
-    removals: Sequence[str],
-    top_ps: Sequence[float],
-    repeats: int,
-    sweep: str | None,
-) -> dict[str, Any]:
-    """Returns the report: where, and a row a measurement, and with a sweep the growth."""
-    if repeats < 1:
-        raise UserError(f"--repeats is {repeats}; it must be at least 1.")
-    chosen = config.sample
-    names = samplers or [chosen.sampler]
-    cases = all_cases() if list(names) == ["all"] else [parse_case(name, config.algo.name) for name in names]
-    size = programs.vocabulary(config, vocab_size)
+def run(config: ConfigDict, options: Any) -> dict[str, Any]:
+    """Returns what the flags ask for: where, and a row a measurement, and with a sweep the growth."""
+    if options.repeats < 1:
+        raise UserError(f"--repeats is {options.repeats}; it must be at least 1.")
+    chosen, sweep = config.sample, options.sweep
+    names = options.samplers or [chosen.sampler]
+    cases = all_cases() if names == ["all"] else [parse_case(name, config.algo.name) for name in names]
     settings = settings_of(
-        cases, n_steps or [chosen.n_steps], removals or [chosen.noise_removal], top_ps or [chosen.top_p]
+        cases,
+        numbers("n_steps", options.n_steps, int) or [chosen.n_steps],
+        options.noise_removal or [chosen.noise_removal],
+        numbers("top_p", options.top_p, float) or [chosen.top_p],
     )
-    rows, todo = (
-        [],
-        [
-            (programs.changed(variant, given), k)  # a mistake in the last shows before the first is measured
-            for given in settings
-            for variant, k in sweeps.variants(config, size, sweep, "sample")
-        ],
-    )
+    size = programs.vocabulary(config, options.vocab_size)
+    todo = [
+        (programs.changed(variant, given), k)  # a mistake in the last shows before the first is measured
+        for given in settings
+        for variant, k in sweeps.variants(config, size, sweep, "sample")
+    ]
+    rows = []
     for variant, k in todo:
-        rows.append(measure.in_fresh_process(measure_case, variant, k, repeats))
+        rows.append(measure.in_fresh_process(measure_case, variant, k, options.repeats))
         print(f"{len(rows)} of {len(todo)}: {describe(rows[-1])}", flush=True)
-    found = {"environment": rows[0]["environment"], "repeats": repeats, "rows": rows}
+    found = {"environment": rows[0]["environment"], "repeats": options.repeats, "rows": rows}
     return found | ({"growth": sweeps.growth(rows, sweep, _SAME)} if sweep else {})
 
 
@@ -211,31 +201,11 @@ def numbers(name: str, given: Sequence[str], kind: type) -> list[Any]:
         raise UserError(f"--{name}={','.join(given)}: {error}.") from error
 
 
-def main(config: ConfigDict) -> None:
-    """Measures as the flags say."""
-    options = flags.FLAGS
-    folder = report.check_folder(options.out)
-    found = run(
-        config,
-        vocab_size=options.vocab_size,
-        samplers=options.samplers,
-        n_steps=numbers("n_steps", options.n_steps, int),
-        removals=options.noise_removal,
-        top_ps=numbers("top_p", options.top_p, float),
-        repeats=options.repeats,
-        sweep=options.sweep,
-    )
-    print(f"\n{text(found)}\n")
-    report.save(folder, "sample", found, text(found))
-
-
 if __name__ == "__main__":
-    flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
     flags.DEFINE_list("samplers", [], "Samplers, algorithm:sampler, or all; config.sample.sampler if not given.")
     flags.DEFINE_list("n_steps", [], "Steps, a list; config.sample.n_steps if not given.")
     flags.DEFINE_list("noise_removal", [], "Noise removals, a list; config.sample.noise_removal if not given.")
     flags.DEFINE_list("top_p", [], "Values of top_p, a list; config.sample.top_p if not given.")
     flags.DEFINE_integer("repeats", 5, "Batches to time.")
-    flags.DEFINE_string("sweep", None, sweeps.FLAG)
-    flags.DEFINE_string("out", None, "A folder for sample.json and sample.md.")
-    cli.run(main)
+    sweeps.define_flag()
+    report.main("sample", run, text)

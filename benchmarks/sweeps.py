@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import programs, report
 from duo_jax.errors import UserError
 
-FLAG = "Growth with batch, length, vocab or blocks, as in batch:1,2,4."
 NAMES = ("batch", "length", "vocab", "blocks")
 # What grows, and its heading.
 GROWING = {
     "median_ms": "time", "model_gflop": "model FLOPs", "temporary_mib": "temp memory", "total_mib": "program memory",
     "rss_mib": "RSS", "compile_s": "compile",
 }  # fmt: skip
+
+
+def define_flag() -> None:
+    """Defines `--sweep`."""
+    flags.DEFINE_string("sweep", None, "Growth with batch, length, vocab or blocks, as in batch:1,2,4.")
 
 
 def parse(text: str) -> tuple[str, list[int]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -95,24 +94,19 @@ def step_times(step: Any, state: Any, batch: dict[str, jax.Array], steps: int) -
     return taken, (time.perf_counter() - start) / steps
 
 
-def run(
-    config: ConfigDict, *, vocab_size: int | None, cases: Sequence[str], steps: int, sweep: str | None
-) -> dict[str, Any]:
-    """Returns the report: where, and a row a measurement, and with a sweep the growth."""
-    if steps < 1:
-        raise UserError(f"--steps is {steps}; it must be at least 1.")
-    chosen = programs.all_cases() if list(cases) == ["all"] else [programs.Case.parse(name) for name in cases]
+def run(config: ConfigDict, options: Any) -> dict[str, Any]:
+    """Returns what the flags ask for: where, and a row a measurement, and with a sweep the growth."""
+    if options.steps < 1:
+        raise UserError(f"--steps is {options.steps}; it must be at least 1.")
+    names, sweep = options.cases, options.sweep
+    chosen = programs.all_cases() if names == ["all"] else [programs.Case.parse(name) for name in names]
+    variants = sweeps.variants(config, programs.vocabulary(config, options.vocab_size), sweep, "train")
+    todo = list(itertools.product(chosen or programs.usual_cases(config), variants))
     rows = []
-    todo = list(
-        itertools.product(
-            chosen or programs.usual_cases(config),
-            sweeps.variants(config, programs.vocabulary(config, vocab_size), sweep, "train"),
-        )
-    )
     for case, (variant, size) in todo:
-        rows.append(measure.in_fresh_process(measure_case, variant, case, size, steps))
+        rows.append(measure.in_fresh_process(measure_case, variant, case, size, options.steps))
         print(f"{len(rows)} of {len(todo)}: {describe(rows[-1])}", flush=True)
-    found = {"environment": rows[0]["environment"], "steps": steps, "rows": rows}
+    found = {"environment": rows[0]["environment"], "steps": options.steps, "rows": rows}
     return found | ({"growth": sweeps.growth(rows, sweep, ["case"])} if sweep else {})
 
 
@@ -135,25 +129,8 @@ def text(found: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def main(config: ConfigDict) -> None:
-    """Measures as the flags say."""
-    options = flags.FLAGS
-    folder = report.check_folder(options.out)
-    found = run(
-        config,
-        vocab_size=options.vocab_size,
-        cases=options.cases,
-        steps=options.steps,
-        sweep=options.sweep,
-    )
-    print(f"\n{text(found)}\n")
-    report.save(folder, "train", found, text(found))
-
-
 if __name__ == "__main__":
-    flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
     flags.DEFINE_list("cases", [], "What to train: duo:full,duo:topk,duo:discrete,duo_base,...; all; the config's own.")
     flags.DEFINE_integer("steps", 10, "Steps to time.")
-    flags.DEFINE_string("sweep", None, sweeps.FLAG)
-    flags.DEFINE_string("out", None, "A folder for train.json and train.md.")
-    cli.run(main)
+    sweeps.define_flag()
+    report.main("train", run, text)

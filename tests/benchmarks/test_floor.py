@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import cuda_compiler, make_config, run
@@ -67,15 +68,15 @@ def test_the_text_adds_up():
         ({"gbs": 0.0}, "must be above 0"),
         ({"trips": 0}, "must be above 0"),
         ({"cases": ["duo:cold"]}, "there is no case 'duo:cold'"),
-        ({"which": ["draw"]}, "there is no program 'draw'"),
+        ({"programs": ["draw"]}, "there is no program 'draw'"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_compiled(change, expected):
     usual = {
-        "device": "t4", "vocab_size": 500, "which": ["train"], "cases": [], "gbs": None, "tflops": None, "trips": 1
+        "device": "t4", "vocab_size": 500, "programs": ["train"], "cases": [], "gbs": None, "tflops": None, "trips": 1
     }  # fmt: skip
     with pytest.raises(UserError, match=expected):
-        floor.run(make_config({}), **(usual | change))
+        floor.run(make_config({}), SimpleNamespace(**usual | change))
 
 
 @pytest.mark.skipif(not COMPILER, reason="needs the compiler for CUDA: pip install -e .[cuda]")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -90,7 +91,7 @@ def test_sampling_more_texts_takes_more_memory():
     [
         ({"gib": None}, "--gib is missing"),
         ({"gib": -1}, "--gib is missing"),
-        ({"which": ["eval"]}, "choose from train, sample"),
+        ({"programs": ["eval"]}, "choose from train, sample"),
         ({"most": 0}, "--most is 0"),
         ({"refine": -1}, "--refine -1"),
         ({"cases": ["mdlm:full"]}, "there is no case 'mdlm:full'"),
@@ -99,10 +100,10 @@ def test_sampling_more_texts_takes_more_memory():
     ],
 )
 def test_a_mistake_is_told_before_anything_is_compiled(change, expected):
-    usual = {"gib": 1, "vocab_size": 64, "which": ["train"], "cases": [], "most": 8, "refine": 0, "platform": None,
+    usual = {"gib": 1, "vocab_size": 64, "programs": ["train"], "cases": [], "most": 8, "refine": 0, "platform": None,
              "device": None}  # fmt: skip
     with pytest.raises(UserError, match=expected):
-        memory.run(config_lib.default(), **{**usual, **change})
+        memory.run(config_lib.default(), SimpleNamespace(**usual | change))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import run
@@ -78,15 +79,23 @@ def test_a_sampler_that_does_not_exist(name):
     ("change", "expected"),
     [
         ({"samplers": ["fast"]}, "there is no sampler 'fast'"),
-        ({"n_steps": [8, 0]}, r"config\.sample\.n_steps is 0"),
-        ({"top_ps": [0.9, 2]}, r"config\.sample\.top_p is 2"),
+        ({"n_steps": ["8", "0"]}, r"config\.sample\.n_steps is 0"),
+        ({"top_p": ["0.9", "2"]}, r"config\.sample\.top_p is 2"),
         ({"repeats": 0}, "--repeats is 0"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_measured(change, expected):
-    usual = {"vocab_size": 64, "samplers": [], "n_steps": [], "removals": [], "top_ps": [], "repeats": 2, "sweep": None}
+    usual = {
+        "vocab_size": 64,
+        "samplers": [],
+        "n_steps": [],
+        "noise_removal": [],
+        "top_p": [],
+        "repeats": 2,
+        "sweep": None,
+    }
     with pytest.raises(UserError, match=expected):
-        sample.run(config_lib.default(), **{**usual, **change})
+        sample.run(config_lib.default(), SimpleNamespace(**usual | change))
 
 
 def test_a_mistake_gets_one_clear_line():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import run
@@ -53,7 +54,7 @@ def test_the_report_of_a_sweep(tmp_path):
 def test_a_mistake_is_told_before_anything_is_measured(change, expected):
     usual = {"vocab_size": 64, "cases": ["duo_base"], "steps": 2, "sweep": None}
     with pytest.raises(UserError, match=expected):
-        train.run(config_lib.default(), **{**usual, **change})
+        train.run(config_lib.default(), SimpleNamespace(**usual | change))
 
 
 @pytest.mark.parametrize(
