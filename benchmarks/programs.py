@@ -178,15 +178,7 @@ def sampler(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device] |
         UserError: a setting that does not fit the network, or a batch that the devices do not divide.
     """
     network, chosen = Network.from_config(config, vocab_size), config.sample
-    settings = sampling.Settings.for_network(
-        network,
-        chosen.n_steps,
-        sampler=chosen.sampler,
-        noise_removal=chosen.noise_removal,
-        top_p=chosen.top_p,
-        psi=sampling.as_psi(sampling.Psi.from_config(chosen), chosen.sampler),
-        early_stop=chosen.early_stop,
-    )
+    settings = sampling.Settings.from_config(chosen, network)
     mesh = Mesh(np.asarray(jax.local_devices() if devices is None else devices), ("rows",))
     partition.check_batch(mesh, "sample.batch_size", chosen.batch_size)
     rows, whole = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())

@@ -295,6 +295,23 @@ class Settings:
             **others,
         )
 
+    @classmethod
+    def from_config(cls, config: ConfigDict, network: Network) -> Settings:
+        """Returns what `config.sample` says, for a network.
+
+        Raises:
+            UserError: a setting that cannot be.
+        """
+        return cls.for_network(
+            network,
+            config.n_steps,
+            sampler=config.sampler,
+            noise_removal=config.noise_removal,
+            top_p=config.top_p,
+            psi=as_psi(Psi.from_config(config), config.sampler),
+            early_stop=config.early_stop,
+        )
+
     @property
     def network_calls(self) -> int:
         """How often a diffusion network is evaluated at most."""

@@ -320,15 +320,7 @@ class Run:
             raise UserError(
                 "config.sample.length is 1, but an autoregressive network's first token is given; make it 2 or more."
             )
-        settings = sampling.Settings.for_network(
-            self.network,
-            config.n_steps,
-            sampler=config.sampler,
-            noise_removal=config.noise_removal,
-            top_p=config.top_p,
-            psi=sampling.as_psi(sampling.Psi.from_config(config), config.sampler),
-            early_stop=config.early_stop,
-        )
+        settings = sampling.Settings.from_config(config, self.network)
         # An autoregressive text begins with BOS, as does one with a prompt.
         known = sampling.prompts.known(
             self.tokenizer,
