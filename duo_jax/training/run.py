@@ -34,7 +34,7 @@ from duo_jax.data.packing import Store
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood, plots
 from duo_jax.models import network as network_lib
-from duo_jax.models.network import Network, Weights
+from duo_jax.models.network import Network, Params, Weights
 from duo_jax.training import checkpoint, partition, writers
 from duo_jax.training import workdir as workdir_lib
 
@@ -131,10 +131,16 @@ def _check_fit(config: ConfigDict, network: Network, start: Network, names: tupl
         )
 
 
-def _check_start(config: ConfigDict) -> None:
-    """Raises UserError if training cannot start from `config.init_from`, as far as this shows without the data."""
-    start = checkpoint.load(config.init_from).network
+def _starting_point(config: ConfigDict) -> Params:
+    """Returns the network of `config.init_from`.
+
+    Raises:
+        UserError: training cannot start from it, as far as this shows without the data.
+    """
+    params = checkpoint.load(config.init_from)
+    start = params.network
     _check_fit(config, Network.from_config(config, start.vocab_size, start.mask_id), start, _SHAPE)
+    return params
 
 
 @dataclasses.dataclass
@@ -148,6 +154,7 @@ class Run:
     tokenizer: tokenizers.Tokenizer
     batches: pipeline.TrainIterator
     heldout: pipeline.HeldoutBatches
+    initial: Params | None = None  # that of `config.init_from`, until training has started from it
     others: Sequence[Any] = ()
     levels: dict[str, float] = dataclasses.field(default_factory=dict)
     writer: writers.MultiWriter = dataclasses.field(default_factory=writers.MultiWriter)
@@ -166,8 +173,8 @@ class Run:
         partition.check_batch(mesh, "train.batch_size", config.train.batch_size, config.train.accumulate)
         partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
         place = workdir_lib.check(workdir)
-        if config.init_from and not checkpoint.steps(place):
-            _check_start(config)  # a slip of the pen shows now, not when the data are prepared
+        # Read now, so that a slip of the pen shows before the data are prepared.
+        initial = _starting_point(config) if config.init_from and not checkpoint.steps(place) else None
         with workdir_lib.held(place), contextlib.ExitStack() as stack:
             folder = prepared(config)
             tokenizer = prepare.load_tokenizer(folder)
@@ -191,8 +198,10 @@ class Run:
                 tokenizer=tokenizer,
                 batches=batches,
                 heldout=heldout(config, folder),
+                initial=initial,
                 others=others,
             )
+            del initial  # for its memory to be free once training has started from it
             run.sampler()  # a mistake in config.sample shows now, not at the first text
             run.levels = levels(config, folder, network.vocab_size)
             stack.callback(lambda: run.writer.close())
@@ -227,7 +236,7 @@ class Run:
         """
         if not self.config.init_from:
             return None
-        params = checkpoint.load(self.config.init_from)
+        params, self.initial = self.initial or _starting_point(self.config), None
         _check_fit(self.config, self.network, params.network, ("vocab_size", *_SHAPE))
         if not tokenizers.load(params.tokenizer).same_as(self.tokenizer):
             raise UserError(
