@@ -73,7 +73,7 @@ class Judge:
         for start in range(0, len(order), _ROWS):
             picked = order[start : start + _ROWS]
             longest = max(len(rows[i]) for i in picked)
-            tokens = np.full((_ROWS, max(2, -(-longest // _LENGTHS) * _LENGTHS)), self.boundary, np.int32)
+            tokens = np.full((_ROWS, -(-longest // _LENGTHS) * _LENGTHS), self.boundary, np.int32)
             for at, i in enumerate(picked):
                 tokens[at, : len(rows[i])] = rows[i]
             costs = np.asarray(

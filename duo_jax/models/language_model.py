@@ -99,6 +99,8 @@ def hidden(spec: Spec, weights: Weights, tokens: jax.Array) -> jax.Array:
 def nll(weights: Weights, tokens: jax.Array, *, spec: Spec) -> jax.Array:
     """Returns -log p(token | those before it) in nats, `[B, L-1]`, of tokens `[B, L]`, but for the first one's."""
     batch, length = tokens.shape
+    if length < 2:
+        return jnp.zeros((batch, 0))  # nothing follows anything
     kernel = weights.get("head", weights["embed"]).T
     embedded = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])}
 

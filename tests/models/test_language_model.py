@@ -32,6 +32,12 @@ def test_nll_is_that_of_the_plain_forward(model):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_one_token_alone_costs_nothing(model):
+    spec, weights, tokens = model
+    for length in (0, 1):
+        assert language_model.nll(weights, tokens[:, :length], spec=spec).shape == (3, 0)
+
+
 def test_products_are_in_full_precision_on_every_device(model):
     spec, weights, tokens = model
     program = language_model.nll.lower(weights, tokens, spec=spec).as_text()
