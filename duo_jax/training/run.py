@@ -49,7 +49,7 @@ def prepared(config: ConfigDict) -> Path:
         if jax.process_index() == 0:
             try:
                 prepare.prepare(config.data)
-            except UserError as error:
+            except Exception as error:  # of whatever kind: the others must not wait for ever
                 mistake = error
         if multihost_utils.broadcast_one_to_all(np.asarray(mistake is not None)):
             raise mistake or UserError("the first process could not prepare the data; its message tells why.")
