@@ -331,7 +331,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.heldout not in (None, NONE):
         path = Path(args.heldout).expanduser()
         files = sources.list_files(path, setting="--heldout")
-        if not any(itertools.chain.from_iterable(map(sources.read_rows, files))):
+        # All are read, for the last row's mistake to show now, too.
+        if not sum(len(text) for file in files for text in sources.read_rows(file, args.field, setting="--field")):
             raise UserError(f"--heldout={args.heldout} holds no text but white space; give another.")
     args.out = cli.results_folder("--out", args.out)
 
@@ -387,6 +388,9 @@ def main() -> None:
         "--heldout",
         metavar="FILE",
         help="text to compare with, a file or folder, or none; the first run's held-out data if not given",
+    )
+    parser.add_argument(
+        "--field", default="text", help="what the rows of --heldout call their text, in .jsonl and .parquet files"
     )
     parser.add_argument("--judge", default="smollm2", help="smollm2, a .gguf file, or GPT-2's folder or hub id")
     parser.add_argument("--protocol", default="ours", help="ours, or reference: what published figures were judged by")

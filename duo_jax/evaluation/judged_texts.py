@@ -78,13 +78,13 @@ def heldout(settings: dict[str, Any], num: int, length: int | None = None) -> tu
     return first_rows(run_lib.heldout(config, folder), folder, num), prepare.load_tokenizer(folder)
 
 
-def heldout_of(path: Path, tokenizer: Any, packing: str, num: int, length: int) -> tuple[Any, Any]:
+def heldout_of(path: Path, field: str, tokenizer: Any, packing: str, num: int, length: int) -> tuple[Any, Any]:
     """Returns the first `num` rows of a text, `[B, L]`, cut by a tokenizer, and that."""
     from duo_jax import config as config_lib
     from duo_jax.data import pipeline, text_sets
 
     text = config_lib.default().eval
-    text.path = str(path)
+    text.path, text.field = str(path), field
     batches = pipeline.heldout_batches(
         text_sets.read(text, tokenizer),
         length=length,
@@ -172,6 +172,7 @@ def reference(args: argparse.Namespace, models: dict[str, Model], texts: dict[st
         UserError: none is given, and no network is of a run, whose data it could be.
     """
     from duo_jax import api
+    from duo_jax.data import sources
 
     if args.heldout == NONE:
         return None
@@ -194,5 +195,6 @@ def reference(args: argparse.Namespace, models: dict[str, Model], texts: dict[st
         like, read = next(iter(texts.values()))
         (_, tokenizer), length = read(), like["length"]
         about = {"checkpoint": like["checkpoint"], "length": args.length or length}
-    read = functools.partial(heldout_of, path, tokenizer, packing, args.num, args.length or length)
-    return about | {"text": identity(path)}, read
+    read = functools.partial(heldout_of, path, args.field, tokenizer, packing, args.num, args.length or length)
+    field = {} if args.field == sources.FIELD else {"field": args.field}
+    return about | {"text": identity(path)} | field, read

@@ -401,7 +401,7 @@ def test_a_text_is_cut_as_the_first_network_is_used_to(trained, tmp_path):
     (tmp_path / "text.txt").write_text("A town.\n\nA river and its long banks.\n\nA road.", encoding="utf-8")
     params = api.load(trained)
     tokenizer = api.tokenizer_of(params.tokenizer)
-    args = types.SimpleNamespace(heldout=str(tmp_path / "text.txt"), num=2, length=None)
+    args = types.SimpleNamespace(heldout=str(tmp_path / "text.txt"), field="text", num=2, length=None)
     firsts = []
     for packing in ("padded", "packed"):
         model = judged_texts.Model(params, "x at step 20", {"data": {"packing": packing}})
@@ -412,6 +412,21 @@ def test_a_text_is_cut_as_the_first_network_is_used_to(trained, tmp_path):
         firsts.append(tokenizer.decode(tokens[0]))
     assert firsts[0] == "A town."
     assert firsts[1].startswith("A town.\n\nA river")
+
+
+def test_the_rows_of_a_text_may_call_it_anything(trained, tmp_path, door):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        '{"text": "A road.", "body": "A town."}\n{"body": "A river and its long banks."}\n', encoding="utf-8"
+    )
+    model = {"x": judged_texts.Model(api.load(trained), "x at step 20", None)}
+    with pytest.raises(UserError, match=r"field `text` of line 2 of .*; set --field to what the rows call their text"):
+        door(f"--models=x={trained}", f"--heldout={file}", f"--out={tmp_path}")
+    args = types.SimpleNamespace(heldout=str(file), field="body", num=1, length=16)
+    about, read = judged_texts.reference(args, model, {})
+    assert about["field"] == "body"
+    tokens, tokenizer = read()
+    assert tokenizer.decode(tokens[0]).startswith("A town.\n\nA ")
 
 
 def test_any_file_of_weights_is_judged(exported, judge, tmp_path, door, monkeypatch):
