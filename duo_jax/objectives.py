@@ -36,39 +36,64 @@ _FEW = 64
 
 
 @dataclasses.dataclass(frozen=True)
+class Curriculum:
+    """`config.algo.curriculum`: how `duo` begins; static.
+
+    Attributes:
+        kind: `full` (the whole softmax) or `topk` (the efficient curriculum of paper II).
+        start, end: the steps between which tau anneals; from `end` on, the loss is the discrete one.
+        tau_log10_start, tau_log10_end: log10 of the softmax temperature tau there.
+        k: how many tokens `topk` keeps.
+    """
+
+    kind: str
+    start: int
+    end: int
+    tau_log10_start: float
+    tau_log10_end: float
+    k: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """`config.algo.distillation`: how `dcd` compares student and teacher; static.
+
+    Attributes:
+        dt: `doubling` or `linear`: how the distillation's step grows.
+        round_length: steps after which the teacher is renewed and, if doubling, dt doubles.
+        n_steps: T; the first dt is 1/T.
+        dt_start, dt_end: of the linear growth, over all steps of the training.
+        kl: `backward`, KL(student || teacher), or `forward`.
+        teacher: what the teacher becomes: `ema` or `student`.
+    """
+
+    dt: str
+    round_length: int
+    n_steps: int
+    dt_start: float
+    dt_end: float
+    kl: str
+    teacher: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Gaussian:
     """The Gaussian side of the duality, for `duo` and `dcd`; static.
 
     Attributes:
         gamma_min, gamma_max: the range of gamma_t; alpha_t = T(gamma_t) falls from one end to the other.
         operator: the form of T, one of `operators.NAMES`.
-        curriculum: `full` (the whole softmax) or `topk` (the efficient curriculum of paper II).
-        start, end: the steps between which tau anneals; from `end` on, the loss is the discrete one.
-        tau_log10_start, tau_log10_end: log10 of the softmax temperature tau there.
-        k: how many tokens `topk` keeps.
-        dt: `doubling` or `linear`: how the distillation's step grows.
-        round_length: steps after which the teacher becomes the student and, if doubling, dt doubles.
-        n_steps: T; the first dt is 1/T.
-        dt_start, dt_end: of the linear growth, over `max_steps` steps.
-        kl: `backward`, KL(student || teacher), or `forward`.
+        curriculum: of `duo`.
+        distillation: of `dcd`.
+        steps: of the training.
     """
 
     gamma_min: float
     gamma_max: float
     operator: str
-    curriculum: str
-    start: int
-    end: int
-    tau_log10_start: float
-    tau_log10_end: float
-    k: int
-    dt: str
-    round_length: int
-    n_steps: int
-    dt_start: float
-    dt_end: float
-    max_steps: int
-    kl: str
+    curriculum: Curriculum
+    distillation: Distillation
+    steps: int
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int) -> Gaussian:
@@ -81,34 +106,18 @@ class Gaussian:
         if not low < high:
             raise UserError(f"config.algo.gamma_min = {low:.3f} must lie below config.algo.gamma_max = {high:.3f}.")
         operators.check_levels(algo.operator, vocab_size, low, high)
-        curriculum, distil = algo.curriculum, algo.distillation
-        return cls(
-            gamma_min=low,
-            gamma_max=high,
-            operator=algo.operator,
-            curriculum=curriculum.kind,
-            start=curriculum.start,
-            end=curriculum.end,
-            tau_log10_start=curriculum.tau_log10_start,
-            tau_log10_end=curriculum.tau_log10_end,
-            k=curriculum.k,
-            dt=distil.dt,
-            round_length=distil.round_length,
-            n_steps=distil.n_steps,
-            dt_start=distil.dt_start,
-            dt_end=distil.dt_end,
-            max_steps=config.train.steps,
-            kl=distil.kl,
-        )
+        curriculum, distil = Curriculum(**algo.curriculum), Distillation(**algo.distillation)
+        return cls(low, high, algo.operator, curriculum, distil, config.train.steps)
 
     def entries(self, vocab_size: int) -> int | None:
         """Returns how many of the softmax's largest entries the network reads; None: all of them, drawn one by one.
 
         `full` too reads few where tau is so small, as in the paper, that float32 could not tell the others from zero.
         """
-        if self.curriculum == "topk":
-            return self.k
-        warmest = 10.0 ** max(self.tau_log10_start, self.tau_log10_end)
+        curriculum = self.curriculum
+        if curriculum.kind == "topk":
+            return curriculum.k
+        warmest = 10.0 ** max(curriculum.tau_log10_start, curriculum.tau_log10_end)
         return duality.entries_in_sight(warmest, self.gamma_min, vocab_size, min(_FEW, vocab_size // 8))
 
     def gamma(self, t: jax.Array) -> jax.Array:
@@ -285,7 +294,7 @@ def duo(this: Objective) -> LossFn:
     input softmax(w_t / tau) in place of z_t. Both phases are one program with one pass through the network: only what
     precedes it is chosen by the (traced) step.
     """
-    net, gaussian = this.network, this.gaussian
+    net, gaussian, chosen = this.network, this.gaussian, this.gaussian.curriculum
 
     def relaxed(
         params: Weights, key: jax.Array, x: jax.Array, gamma: jax.Array, tau: jax.Array
@@ -314,7 +323,7 @@ def duo(this: Objective) -> LossFn:
         t = this.times(key_t, batch["mask"])
 
         def curriculum() -> tuple[jax.Array, ...]:
-            tau = duality.tau(step, gaussian.start, gaussian.end, gaussian.tau_log10_start, gaussian.tau_log10_end)
+            tau = duality.tau(step, chosen.start, chosen.end, chosen.tau_log10_start, chosen.tau_log10_end)
             inputs, z_t = relaxed(params, key_z, x, gaussian.gamma(t), tau)
             return _as_32(inputs, z_t, *gaussian.alpha(t, net.vocab_size))
 
@@ -323,7 +332,7 @@ def duo(this: Objective) -> LossFn:
             z_t = uniform.q_sample(key_z, x, alpha_t, net.vocab_size)
             return _as_32(net.embed(params, z_t), z_t, alpha_t, dalpha_t)
 
-        inputs, z_t, *alphas = jax.lax.cond(step < gaussian.end, curriculum, discrete)
+        inputs, z_t, *alphas = jax.lax.cond(step < chosen.end, curriculum, discrete)
         return this.uniform_nelbo(params, key_dropout, inputs, z_t, tuple(alphas), batch)
 
     return loss_fn
@@ -335,16 +344,16 @@ def dcd(this: Objective, teacher: Weights) -> LossFn:
     One noise eps gives z_t at t and z_s at s = t - dt; the student at (z_t, t) learns what the teacher, frozen and without
     dropout, predicts at (z_s, s). dt grows with the step.
     """
-    net, gaussian = this.network, this.gaussian
-    divergence = distillation.kl_backward if gaussian.kl == "backward" else distillation.kl_forward
+    net, gaussian, chosen = this.network, this.gaussian, this.gaussian.distillation
+    divergence = distillation.kl_backward if chosen.kl == "backward" else distillation.kl_forward
 
     def loss_fn(params: Weights, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         key_t, key_z, key_dropout = jax.random.split(key, 3)
         x = batch["tokens"]
-        if gaussian.dt == "doubling":
-            dt = distillation.doubling_dt(step, gaussian.round_length, gaussian.n_steps)
+        if chosen.dt == "doubling":
+            dt = distillation.doubling_dt(step, chosen.round_length, chosen.n_steps)
         else:
-            dt = distillation.linear_dt(step, gaussian.max_steps, gaussian.dt_start, gaussian.dt_end)
+            dt = distillation.linear_dt(step, gaussian.steps, chosen.dt_start, chosen.dt_end)
         t, s = distillation.pair_times(this.times(key_t, batch["mask"]), dt)
         z_t, z_s = distillation.trajectory_pair(key_z, x, gaussian.gamma(t), gaussian.gamma(s), net.vocab_size)
 
