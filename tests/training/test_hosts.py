@@ -11,6 +11,7 @@ import pytest
 from helpers import ROOT, make_config, tiny_settings
 
 from duo_jax import modes
+from duo_jax.training import run
 
 HOST = """
 import json, sys
@@ -25,6 +26,16 @@ modes.run(make_config({**settings, "mode": "sample"}), workdir + "/first")
 modes.run(make_config({**settings, "algo.name": "dcd", "init_from": workdir + "/first"}), workdir + "/second")
 print(json.dumps({"processes": jax.process_count(), "devices": jax.device_count()}))
 """
+
+
+def test_the_others_are_told_of_any_error_of_the_host_that_prepares_the_data(monkeypatch):
+    told = []
+    monkeypatch.setattr(run.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(run.multihost_utils, "broadcast_one_to_all", lambda value: told.append(bool(value)) or value)
+    monkeypatch.setattr(run.prepare, "prepare", lambda data: {}["nowhere"])
+    with pytest.raises(KeyError):
+        run.prepared(make_config({}))
+    assert told == [True]
 
 
 def read_jsonl(path):
