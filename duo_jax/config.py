@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -227,11 +227,6 @@ def told(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
     return [text for key, text in _differences(old, new).items() if key in TOLD_ON_RESUME]
 
 
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"config.{name} is {value!r}; choose one of {', '.join(allowed)}.")
-
-
 def check_names(config: Any) -> None:
     """Raises UserError unless a config has all settings, and no others, of which most are slips of the pen."""
     known = flatten(default()).keys()
@@ -245,6 +240,45 @@ def check_names(config: Any) -> None:
         raise UserError(f"the config lacks {', '.join(missing[:3])}; start from duo_jax.config.default().")
 
 
+# What those settings may be that are names of something.
+_CHOICES = {
+    "mode": MODES,
+    "precision": PRECISIONS,
+    "algo.name": ALGORITHMS,
+    "algo.schedule": ("log_linear", "cosine"),
+    "algo.operator": OPERATORS,
+    "algo.curriculum.kind": ("full", "topk"),
+    "algo.distillation.dt": ("doubling", "linear"),
+    "algo.distillation.kl": ("backward", "forward"),
+    "algo.distillation.teacher": ("ema", "student"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "model.remat": ("none", "dots", "blocks"),
+    "data.packing": ("packed", "padded"),
+    "sample.sampler": ("ancestral", "psi", "ancestral_cache", "analytic", "autoregressive"),
+    "sample.noise_removal": ("ancestral", "greedy", "none"),
+}
+# What numbers must be, where they are not left empty, in code and in words.
+_RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
+    (lambda x: x >= 1, "it must be at least 1", (
+        "train.steps", "train.batch_size", "train.accumulate", "train.log_every", "eval.batch_size", "sample.n_steps",
+        "sample.batch_size", "sample.length", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib",
+        "algo.curriculum.k", "algo.d3pm_steps", "algo.distillation.round_length", "algo.distillation.n_steps",
+    )),
+    (lambda x: x >= 3, "a row needs BOS, EOS and a token: at least 3", ("model.length",)),
+    (lambda x: x >= 0, "it must not be negative", (
+        "algo.curriculum.start", "algo.curriculum.end", "algo.distillation.dt_start", "algo.distillation.dt_end",
+        "train.warmup", "eval.every", "eval.batches", "sample.every", "train.weight_decay", "data.workers", "sample.num",
+        "sample.stride", "sample.early_stop",
+    )),
+    (lambda x: 0 <= x < 2**32, "it must be from 0 to 2^32 - 1", ("seed", "sample.seed")),
+    (lambda x: 0 <= x < 1, "it must be in [0, 1)", ("model.dropout", "train.ema", "train.beta1", "train.beta2")),
+    (lambda x: 0 < x < 1, "it must be strictly between 0 and 1", ("algo.eps", "algo.eps_t")),
+    (lambda x: x > 0, "it must be positive", ("train.lr", "train.clip", "train.adam_eps", "sample.temperature")),
+    (lambda x: 0 < x <= 1, "it must be in (0, 1], where 1 keeps every token", ("sample.top_p",)),
+    (lambda x: x == -1 or x > 0, "give a number of devices, or -1 for all that are left", ("mesh.data",)),
+)  # fmt: skip
+
+
 def check(config: ConfigDict) -> None:
     """Checks what can be checked without data or devices.
 
@@ -252,52 +286,22 @@ def check(config: ConfigDict) -> None:
         UserError: one sentence about the first name or value that cannot work.
     """
     check_names(config)
-    _one_of("mode", config.mode, MODES)
-    _one_of("precision", config.precision, PRECISIONS)
-    _one_of("algo.name", config.algo.name, ALGORITHMS)
-    _one_of("algo.schedule", config.algo.schedule, ("log_linear", "cosine"))
-    _one_of("algo.operator", config.algo.operator, OPERATORS)
-    _one_of("algo.curriculum.kind", config.algo.curriculum.kind, ("full", "topk"))
-    _one_of("algo.distillation.dt", config.algo.distillation.dt, ("doubling", "linear"))
-    _one_of("algo.distillation.kl", config.algo.distillation.kl, ("backward", "forward"))
-    _one_of("algo.distillation.teacher", config.algo.distillation.teacher, ("ema", "student"))
-    _one_of("model.attention", config.model.attention, ("auto", "xla", "cudnn"))
-    _one_of("model.remat", config.model.remat, ("none", "dots", "blocks"))
-    _one_of("data.packing", config.data.packing, ("packed", "padded"))
-    _one_of(
-        "sample.sampler",
-        config.sample.sampler,
-        ("ancestral", "psi", "ancestral_cache", "analytic", "autoregressive"),
-    )
-    _one_of("sample.noise_removal", config.sample.noise_removal, ("ancestral", "greedy", "none"))
-    for name in ("train.steps", "train.batch_size", "train.accumulate", "train.log_every", "eval.batch_size",
-                 "sample.n_steps",
-                 "sample.batch_size", "sample.length", "checkpoint.every", "checkpoint.keep", "mesh.fsdp", "model.head_mib",
-                 "algo.curriculum.k", "algo.d3pm_steps", "algo.distillation.round_length",
-                 "algo.distillation.n_steps"):  # fmt: skip
-        value = flatten(config)[name]
-        if value is not None and value < 1:
-            raise UserError(f"config.{name} is {value}; it must be at least 1.")
-    for name, value in flatten(config).items():
+    flat = flatten(config)
+    for name, allowed in _CHOICES.items():
+        if flat[name] not in allowed:
+            raise UserError(f"config.{name} is {flat[name]!r}; choose one of {', '.join(allowed)}.")
+    for name, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config.{name} is {value}; it must be a finite number.")
-    for name in ("algo.curriculum.start", "algo.curriculum.end", "algo.distillation.dt_start", "algo.distillation.dt_end",
-                 "train.warmup", "eval.every", "eval.batches", "sample.every", "train.weight_decay", "data.workers",
-                 "sample.num", "sample.stride", "sample.early_stop"):  # fmt: skip
-        if flatten(config)[name] < 0:
-            raise UserError(f"config.{name} is {flatten(config)[name]}; it must not be negative.")
-    for name in ("seed", "sample.seed"):
-        if not 0 <= flatten(config)[name] < 2**32:
-            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be from 0 to 2^32 - 1.")
-    for name in ("model.dropout", "train.ema", "train.beta1", "train.beta2"):
-        if not 0 <= flatten(config)[name] < 1:
-            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be in [0, 1).")
-    for name in ("algo.eps", "algo.eps_t"):
-        if not 0 < flatten(config)[name] < 1:
-            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be strictly between 0 and 1.")
-    for name in ("train.lr", "train.clip", "train.adam_eps", "sample.temperature"):
-        if flatten(config)[name] <= 0:
-            raise UserError(f"config.{name} is {flatten(config)[name]}; it must be positive.")
+    for fits, told, names in _RANGES:
+        for name in names:
+            if flat[name] is not None and not fits(flat[name]):
+                raise UserError(f"config.{name} is {flat[name]}; {told}.")
+    _check_together(config)
+
+
+def _check_together(config: ConfigDict) -> None:
+    """Raises UserError where a setting does not go with another."""
     if config.train.batch_size % config.train.accumulate:
         raise UserError(
             f"config.train.batch_size = {config.train.batch_size} must be a multiple of config.train.accumulate = "
@@ -312,10 +316,6 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.algo.schedule is {config.algo.schedule!r}, but the chain of d3pm has alpha = 1 - t and no other; "
             "leave it at log_linear."
-        )
-    if not 0 < config.sample.top_p <= 1:
-        raise UserError(
-            f"config.sample.top_p is {config.sample.top_p}; it must be in (0, 1], where 1 keeps every token."
         )
     if config.sample.prompt and config.sample.infill:
         raise UserError(
@@ -343,10 +343,4 @@ def check(config: ConfigDict) -> None:
     if config.mode == "train" and config.algo.name == "dcd" and not config.init_from:
         raise UserError(
             "config.algo.name is 'dcd', which distils a trained network; give its workdir as config.init_from."
-        )
-    if config.model.length < 3:
-        raise UserError(f"config.model.length is {config.model.length}; a row needs BOS, EOS and a token: at least 3.")
-    if config.mesh.data == 0 or config.mesh.data < -1:
-        raise UserError(
-            f"config.mesh.data is {config.mesh.data}; give a number of devices, or -1 for all that are left."
         )
