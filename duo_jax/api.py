@@ -8,7 +8,7 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -262,8 +262,7 @@ def sample(
     )
     tokenizer = tokenizer_of(params.tokenizer)
     shape = (batch_size, length)
-    known = sampling.prompts.known(tokenizer, shape, prompt=prompt, infill=infill)
-    tokens, held = known
+    known = tokens, held = sampling.prompts.known(tokenizer, shape, prompt=prompt, infill=infill)
     if network.algo == "ar":  # a text of which nothing is held begins with BOS
         free = ~held.any(axis=1)
         tokens[free, 0], held[free, 0] = tokenizer.bos_id, True
@@ -285,27 +284,13 @@ def sample(
             trajectory=texts.trajectory,
         )
 
-    finished = 0
+    with _bar(batch_size, progress, mesh) as (tells, planned, came):
 
-    def planned(steps: int) -> None:
-        bar.total = steps if tells else batch_size
+        def done(texts: sampling.texts.Texts) -> None:
+            if each is not None:
+                each(samples(texts))
+            came(len(texts.tokens))
 
-    def done(texts: sampling.texts.Texts) -> None:
-        nonlocal finished
-        finished += len(texts.tokens)
-        if each is not None:
-            each(samples(texts))
-        if not tells:
-            bar.update(len(texts.tokens))
-        elif batch_size > len(texts.tokens):
-            bar.set_postfix_str(f"{finished:,} of {batch_size:,} texts", refresh=False)
-
-    with contextlib.ExitStack() as stack:
-        tells = stack.enter_context(progress_lib.turn(progress and mesh is None and jax.local_device_count() == 1))
-        unit = " steps" if tells else " texts"
-        bar = stack.enter_context(progress_lib.bar(total=0, desc="sampling", unit=unit, disable=not progress))
-        if tells:
-            progress_lib.hear(bar.update)
         texts = sampling.texts.sample(
             params.weights,
             network,
@@ -322,9 +307,40 @@ def sample(
             planned=planned,
             done=done,
         )
+    return samples(texts)
+
+
+@contextlib.contextmanager
+def _bar(
+    number: int, shown: bool, mesh: Mesh | None
+) -> Iterator[tuple[bool, Callable[[int], None], Callable[[int], None]]]:
+    """Shows how far the sampling of so many texts is: in steps where one device alone can tell of them, else in texts.
+
+    Gives whether the program is to tell of its steps; what takes their number beforehand; and what takes the number of texts
+    in each batch that has come.
+    """
+    finished = 0
+
+    def planned(steps: int) -> None:
+        bar.total = steps if tells else number
+
+    def came(texts: int) -> None:
+        nonlocal finished
+        finished += texts
+        if not tells:
+            bar.update(texts)
+        elif number > texts:
+            bar.set_postfix_str(f"{finished:,} of {number:,} texts", refresh=False)
+
+    with contextlib.ExitStack() as stack:
+        tells = stack.enter_context(progress_lib.turn(shown and mesh is None and jax.local_device_count() == 1))
+        unit = " steps" if tells else " texts"
+        bar = stack.enter_context(progress_lib.bar(total=0, desc="sampling", unit=unit, disable=not shown))
+        if tells:
+            progress_lib.hear(bar.update)
+        yield tells, planned, came
         if tells:
             jax.effects_barrier()
-    return samples(texts)
 
 
 def _network_of(params: Any) -> Network:
@@ -348,6 +364,26 @@ def _seed(value: Any) -> int:
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be from 0 to 2^32 - 1.")
     return seed
+
+
+def _checked_tokens(given: Any, network: Network) -> np.ndarray:
+    """Returns token ids as the rows `[B, L]` that they are, or raises UserError if the network cannot read them."""
+    try:
+        tokens = np.atleast_2d(np.asarray(given))
+    except ValueError as error:
+        raise UserError("the rows of tokens differ in length; score them one by one.") from error
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"tokens must be whole numbers of shape [L] or [B, L], not {tokens.dtype} {tokens.shape}.")
+    if tokens.min() < 0 or tokens.max() >= network.vocab_size:
+        raise UserError(
+            f"token ids must lie in [0, {network.vocab_size}); these reach {tokens.min()} to {tokens.max()}."
+        )
+    if tokens.shape[1] > network.length:
+        raise UserError(
+            f"the rows have {tokens.shape[1]} tokens, and the network reads {network.length}; cut them, or score a "
+            "string, which is cut."
+        )
+    return tokens
 
 
 def score(
@@ -378,34 +414,19 @@ def score(
     if n_samples < 1:
         raise UserError(f"n_samples is {n_samples}; at least 1 estimate is needed, and 2 for a standard error.")
     given = 0
-    if isinstance(text_or_tokens, str):
-        if not text_or_tokens:
-            raise UserError("there is nothing to score: the text is empty.")
+    if not isinstance(text_or_tokens, str):
+        if prompt is not None:
+            raise UserError("a prompt was given with token ids; score a string, or leave the prompt out.")
+        rows: list[Any] = list(_checked_tokens(text_or_tokens, network))
+    elif not text_or_tokens:
+        raise UserError("there is nothing to score: the text is empty.")
+    else:
         tokenizer = tokenizer_of(params.tokenizer)
         if prompt is None:
-            rows: list[Any] = rows_lib.of_text(tokenizer.encode(text_or_tokens), tokenizer, network.length)
+            rows = rows_lib.of_text(tokenizer.encode(text_or_tokens), tokenizer, network.length)
         else:
             row, given = rows_lib.after_prompt(prompt, text_or_tokens, tokenizer, network.length)
             rows = [row]
-    elif prompt is not None:
-        raise UserError("a prompt was given with token ids; score a string, or leave the prompt out.")
-    else:
-        try:
-            tokens = np.atleast_2d(np.asarray(text_or_tokens))
-        except ValueError as error:
-            raise UserError("the rows of tokens differ in length; score them one by one.") from error
-        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-            raise UserError(f"tokens must be whole numbers of shape [L] or [B, L], not {tokens.dtype} {tokens.shape}.")
-        if tokens.min() < 0 or tokens.max() >= network.vocab_size:
-            raise UserError(
-                f"token ids must lie in [0, {network.vocab_size}); these reach {tokens.min()} to {tokens.max()}."
-            )
-        if tokens.shape[1] > network.length:
-            raise UserError(
-                f"the rows have {tokens.shape[1]} tokens, and the network reads {network.length}; cut them, or score a "
-                "string, which is cut."
-            )
-        rows = list(tokens)
     if network.algo == "ar" and min(len(row) for row in rows) < 2:
         raise UserError("there is nothing to score: an autoregressive network is given the first token of each row.")
     estimates = np.zeros(n_samples)
