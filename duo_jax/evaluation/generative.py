@@ -11,7 +11,7 @@ import numpy as np
 
 from duo_jax import sampling
 from duo_jax.data.tokenizer import Tokenizer
-from duo_jax.evaluation.judges import Judge
+from duo_jax.evaluation.judge import Judge
 
 PROTOCOLS = OURS, REFERENCE = "ours", "reference"
 

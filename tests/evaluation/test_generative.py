@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from duo_jax import sampling
-from duo_jax.evaluation import generative, judges
+from duo_jax.evaluation import generative
+from duo_jax.evaluation.judge import Scores, published_tokens
 
 EOS = 1
 
@@ -28,7 +29,7 @@ class Counter:
         done(len(self.texts))
         words = np.array([len(text.split()) for text in texts])
         characters = np.array([len(text) for text in texts])
-        return judges.Scores(0.5 * words + 2.0 * np.array(ended), words + np.array(ended), characters)
+        return Scores(0.5 * words + 2.0 * np.array(ended), words + np.array(ended), characters)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_the_published_protocol_judges_rows_whole():
 def test_what_the_published_protocol_counts_is_the_references(golden):
     data = golden("l_metrics")
     for row, valid in zip(data["genppl_tokens"], data["genppl_valid"], strict=True):
-        np.testing.assert_array_equal(judges.published_tokens(row, EOS), valid)
+        np.testing.assert_array_equal(published_tokens(row, EOS), valid)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_what_the_published_protocol_counts_is_the_references(golden):
     ],
 )
 def test_what_the_published_protocol_counts(row, expected):
-    assert judges.published_tokens(row, EOS).tolist() == expected
+    assert published_tokens(row, EOS).tolist() == expected
 
 
 def test_what_counts_against_the_reference(golden):
