@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from duo_jax import files, progress
-from duo_jax.data import shards, sources, tokenizers
+from duo_jax.data import shards, sources, text_files, tokenizers
 from duo_jax.errors import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -43,7 +43,7 @@ def shards_folder(data: Any) -> Path:
     if data.source not in sources.NAMES:
         raise UserError(f"Unknown data source {data.source!r}; choose one of {', '.join(sources.NAMES)}.")
     text = str(Path(data.path).expanduser().resolve()) if data.path else ""
-    if _field(data) != sources.FIELD:
+    if _field(data) != text_files.FIELD:
         text += f"\0{_field(data)}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:8] if text else ""
     stem = Path(data.dir).expanduser() / "-".join(filter(None, (data.source, digest)))
@@ -177,7 +177,7 @@ def _check(folder: Path, data: Any) -> None:
 
 
 def _field(data: Any) -> str:
-    return data.get("field", sources.FIELD)  # runs of earlier versions kept configs without it
+    return data.get("field", text_files.FIELD)  # runs of earlier versions kept configs without it
 
 
 def _open_source(data: Any) -> sources.Source:
@@ -187,7 +187,7 @@ def _open_source(data: Any) -> sources.Source:
 def _make(folder: Path, data: Any, verbose: bool) -> None:
     source = _open_source(data)
     if verbose and data.path and (path := Path(data.path).expanduser()).is_dir():
-        print(sources.about_files(path), file=sys.stderr)
+        print(text_files.about_files(path), file=sys.stderr)
     if isinstance(source, sources.TextFiles):
         source.check_splits()  # before a BPE is learnt and everything is tokenized in vain
     partial = folder.with_name(f".{folder.name}.partial")

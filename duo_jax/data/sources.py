@@ -8,19 +8,16 @@ The split belongs to the source, so that everybody trains and evaluates on the s
 * `lm1b`: its own test split is held out.
 """
 
-import contextlib
 import functools
-import gzip
 import hashlib
 import importlib.util
 import itertools
 import json
-import reprlib
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from duo_jax.data.text_files import FIELD, count_rows, fingerprint, list_files, read_rows
 from duo_jax.errors import UserError
 from duo_jax.files import package_folder
 
@@ -30,8 +27,6 @@ HELDOUT_FRACTION = 0.05
 OPENWEBTEXT_HELDOUT = 100_000
 
 Documents = Iterator[tuple[str, str]]  # (split, text)
-
-FIELD = "text"  # what a row of .jsonl and .parquet calls its text, unless told
 
 
 class Source(Protocol):
@@ -231,179 +226,6 @@ def split_by_hash(text: str) -> str:
     """Returns the split of a document, from its SHA-256 alone."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return HELDOUT if int.from_bytes(digest[:8], "big") < HELDOUT_FRACTION * 2**64 else TRAIN
-
-
-def list_files(path: Path, setting: str = "config.data.path") -> list[Path]:
-    """Returns the text files at a path, sorted by name.
-
-    What a folder holds under a name that begins with a dot, or in a folder of such a name, is left out: editors and
-    notebooks keep copies there that are no longer true.
-
-    Args:
-        path: a file or folder.
-        setting: where the path was given.
-
-    Raises:
-        UserError: the path does not exist or holds no text file.
-    """
-    if not path.exists():
-        raise UserError(f"There is no text at {path}; set {setting} to a file or folder.")
-    files = [file for file in _visible_files(path) if file.name.endswith(tuple(_READERS))]
-    if not files:
-        raise UserError(
-            f"{path} holds no text; it needs files that end in {', '.join(_READERS)}, with names that do not begin with a "
-            "dot."
-        )
-    return files
-
-
-def about_files(path: Path) -> str:
-    """Returns a sentence on how many files of a folder `list_files` takes, and how many of other kinds it does not."""
-    every = _visible_files(path)
-    others = [file for file in every if not file.name.endswith(tuple(_READERS))]
-    told = f"reading {_counted(len(every) - len(others))} in {path}"
-    if others:
-        kinds = sorted({file.suffix or "no ending" for file in others})
-        kinds = kinds if len(kinds) <= 5 else [*kinds[:5], "..."]
-        told += f"; {_counted(len(others))} of other kinds skipped ({', '.join(kinds)})"
-    return told
-
-
-def _counted(files: int) -> str:
-    return f"{files:,} file" if files == 1 else f"{files:,} files"
-
-
-def _visible_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    inside = ((file, file.relative_to(path).parts) for file in path.rglob("*") if file.is_file())
-    return sorted(file for file, parts in inside if not any(part.startswith(".") for part in parts))
-
-
-def fingerprint(files: list[Path], root: Path) -> str:
-    """Returns a hash over the files' names, sizes and first and last 64 KiB: cheap for any size of corpus."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root)}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 16))
-            stream.seek(max(0, size - (1 << 16)))
-            digest.update(stream.read())
-    return digest.hexdigest()
-
-
-def read_rows(
-    file: Path, field: str = FIELD, *, stripped: bool = True, setting: str = "config.data.field"
-) -> Iterator[str]:
-    """Streams the rows of one file; some may be empty.
-
-    Args:
-        file: .txt, .jsonl, .jsonl.gz or .parquet.
-        field: what a row of the last three calls its text.
-        stripped: whether rows lose their leading and trailing white space.
-        setting: where the field was given.
-
-    Raises:
-        UserError: the file is not what its name says, or a row has no text in the field.
-    """
-    with _reading(file):
-        try:
-            for text in _READERS[_kind(file)](file, field):
-                yield text.strip() if stripped else text
-        except _NoText as error:
-            raise UserError(
-                f"There is no text in the field `{field}` of {error}; set {setting} to what the rows call their text, or "
-                "mend the file."
-            ) from error
-
-
-def count_rows(file: Path, field: str = FIELD) -> int:
-    """Returns the number of rows of one file; a .parquet file knows it, the others are read.
-
-    Raises:
-        UserError: the file is not what its name says.
-    """
-    if _kind(file) != ".parquet":
-        return sum(1 for _ in read_rows(file, field))
-    with _reading(file):
-        return _parquet(file).metadata.num_rows
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turns what may go wrong with a file into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not text in UTF-8 (it holds the byte {error.object[error.start]:#04x}); convert it, as with "
-            "`iconv -f latin1 -t utf-8` if it is Latin-1."
-        ) from error
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read as {_kind(file)}: {error}.") from error
-
-
-class _NoText(Exception):
-    """Where a text was looked for, and what there is instead."""
-
-
-def _kind(file: Path) -> str:
-    return next(suffix for suffix in _READERS if file.name.endswith(suffix))
-
-
-def _read_txt(file: Path, _: str) -> Iterator[str]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
-            if not blank:
-                yield "".join(block)
-
-
-def _read_jsonl(file: Path, field: str) -> Iterator[str]:
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"line {number} of {file}"
-                try:
-                    row = json.loads(line.rstrip("\r\n"))
-                except ValueError as error:
-                    # The decoder counts lines in the string that it is given, so its own message says line 1 always.
-                    what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                    raise UserError(f"There is no JSON in {where} ({what}); mend the line, or remove it.") from error
-                if not isinstance(row, dict):
-                    raise _NoText(f"{where}, which is no JSON object")
-                if field not in row:
-                    raise _NoText(f"{where}, which is an object with {', '.join(row) or 'nothing'}")
-                yield _text(row[field], where)
-
-
-def _read_parquet(file: Path, field: str) -> Iterator[str]:
-    table = _parquet(file)
-    if field not in table.schema_arrow.names:
-        raise _NoText(f"{file}, whose columns are {', '.join(table.schema_arrow.names)}")
-    numbers = itertools.count(1)
-    for batch in table.iter_batches(batch_size=1024, columns=[field]):
-        for row in batch.column(field).to_pylist():
-            yield _text(row, f"row {next(numbers)} of {file}")
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise _NoText(f"{where}, but {'null' if value is None else reprlib.repr(value)}")
-    return value
-
-
-def _parquet(file: Path) -> Any:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{file} is a parquet file; run `pip install -e .[hub]` to read it.")
-    from pyarrow import parquet
-
-    return parquet.ParquetFile(file)
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
 
 
 def _lm1b_split(file: Path, root: Path) -> str:

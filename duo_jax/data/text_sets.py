@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from duo_jax import progress
-from duo_jax.data import detokenizers, prepare, sources
+from duo_jax.data import detokenizers, prepare, sources, text_files
 from duo_jax.data.shards import MemoryStore
 from duo_jax.data.tokenizer import Tokenizer
 from duo_jax.errors import UserError
@@ -29,9 +29,9 @@ def documents(path: Path, *, field: str, detokenizer: str, stripped: bool) -> so
         UserError: the text is not there or cannot be read, or the detokenizer is unknown.
     """
     detokenize = detokenizers.by_name(detokenizer)
-    files = sources.list_files(path, setting="config.eval.path")
+    files = text_files.list_files(path, setting="config.eval.path")
     rows = itertools.chain.from_iterable(
-        sources.read_rows(file, field, stripped=stripped, setting="config.eval.field") for file in files
+        text_files.read_rows(file, field, stripped=stripped, setting="config.eval.field") for file in files
     )
     return ((sources.HELDOUT, detokenize(text)) for text in rows if text)
 
@@ -53,7 +53,7 @@ def read(settings: Any, tokenizer: Tokenizer, *, verbose: bool = True) -> Memory
     path, ends = Path(settings.path).expanduser(), settings.document_ends
     texts = documents(path, field=settings.field, detokenizer=settings.detokenizer, stripped=ends)
     if verbose and path.is_dir():
-        print(sources.about_files(path), file=sys.stderr)
+        print(text_files.about_files(path), file=sys.stderr)
     end = [tokenizer.eos_id] if ends else []
     found: list[np.ndarray] = []
     with progress.bar(desc="tokenizing", unit=" documents", disable=not verbose) as bar:

@@ -295,7 +295,7 @@ def _names(flag: str, values: list[str]) -> dict[str, str]:
 def _check(args: argparse.Namespace) -> None:
     """Refuses what no network can be sampled with, or no results be written to, before anything is read."""
     from duo_jax import sampling
-    from duo_jax.data import sources
+    from duo_jax.data import text_files
     from duo_jax.evaluation import generative
 
     if not args.models and not args.texts:
@@ -330,9 +330,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--heldout is empty; give a text file or folder, or none.")
     if args.heldout not in (None, NONE):
         path = Path(args.heldout).expanduser()
-        files = sources.list_files(path, setting="--heldout")
+        files = text_files.list_files(path, setting="--heldout")
         # All are read, for the last row's mistake to show now, too.
-        if not sum(len(text) for file in files for text in sources.read_rows(file, args.field, setting="--field")):
+        if not sum(len(text) for file in files for text in text_files.read_rows(file, args.field, setting="--field")):
             raise UserError(f"--heldout={args.heldout} holds no text but white space; give another.")
     args.out = cli.results_folder("--out", args.out)
 

@@ -49,11 +49,11 @@ def opened(path_or_name: str) -> Model:
 
 def identity(path: Path) -> str:
     """Returns a file's or folder's path and a hash that tells what it holds from what it held before."""
-    from duo_jax.data import sources
+    from duo_jax.data import text_files
 
     path = path.resolve()
-    files = [path] if path.is_file() else sources.list_files(path)
-    return f"{path} ({sources.fingerprint(files, path)[:12]})"
+    files = [path] if path.is_file() else text_files.list_files(path)
+    return f"{path} ({text_files.fingerprint(files, path)[:12]})"
 
 
 def own_length(args: argparse.Namespace, network: Any) -> int | None:
@@ -172,7 +172,7 @@ def reference(args: argparse.Namespace, models: dict[str, Model], texts: dict[st
         UserError: none is given, and no network is of a run, whose data it could be.
     """
     from duo_jax import api
-    from duo_jax.data import sources
+    from duo_jax.data import text_files
 
     if args.heldout == NONE:
         return None
@@ -196,5 +196,5 @@ def reference(args: argparse.Namespace, models: dict[str, Model], texts: dict[st
         (_, tokenizer), length = read(), like["length"]
         about = {"checkpoint": like["checkpoint"], "length": args.length or length}
     read = functools.partial(heldout_of, path, args.field, tokenizer, packing, args.num, args.length or length)
-    field = {} if args.field == sources.FIELD else {"field": args.field}
+    field = {} if args.field == text_files.FIELD else {"field": args.field}
     return about | {"text": identity(path)} | field, read

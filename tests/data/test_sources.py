@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 from small_text import make_texts
 
-from duo_jax.data import sources
+from duo_jax.data import sources, text_files
 from duo_jax.errors import UserError
 
 
@@ -91,12 +91,12 @@ class TestTextFiles:
 
     def test_what_is_told_of_a_folder(self, tmp_path):
         write_txt(tmp_path / "a.txt", ["one"])
-        assert sources.about_files(tmp_path) == f"reading 1 file in {tmp_path}"
+        assert text_files.about_files(tmp_path) == f"reading 1 file in {tmp_path}"
         write_jsonl(tmp_path / "b" / "b.jsonl.gz", ["two"])
         for name in ("LICENSE", "x.pdf", "y.pdf", ".hidden.md"):
             (tmp_path / name).write_text("")
         told = f"reading 2 files in {tmp_path}; 3 files of other kinds skipped (.pdf, no ending)"
-        assert sources.about_files(tmp_path) == told
+        assert text_files.about_files(tmp_path) == told
 
     def test_split_depends_on_the_document_alone(self, tmp_path):
         texts = make_texts(1000)
