@@ -173,6 +173,18 @@ def results_folder(flag: str, value: str | Path) -> Path:
     return folder
 
 
+def named(flag: str, values: list[str]) -> dict[str, str]:
+    """Returns `{NAME: PLACE}` of a flag's values `NAME=PLACE`, or `PLACE`, whose name is then its last part.
+
+    Raises:
+        UserError: two have one name.
+    """
+    places = dict(value.split("=", 1) if "=" in value else (Path(value).name, value) for value in values)
+    if len(places) < len(values):
+        raise UserError(f"two {flag} have one name; name them apart, as in {flag} before=... {flag} after=....")
+    return places
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
 

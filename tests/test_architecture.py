@@ -32,6 +32,7 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # Command-line doors that lie in another room; like main, they may import all below it.
 DOORS = (
     "convert/__main__.py",
+    "evaluation/compare.py",
     "evaluation/generate_quality.py",
     "evaluation/harness.py",
     "evaluation/harness_model.py",

@@ -44,3 +44,15 @@ def test_a_workdir_of_the_quickstart_is_not_for_its_data(launch):
     prepare, *others = [line for line in launch("quickstart.sh", "--workdir=x") if line.startswith("-m duo_jax")]
     assert "--workdir" not in prepare
     assert all(line.split()[-1] == "--workdir=x" or "--workdir=x " in line for line in others)
+
+
+def test_the_comparison_trains_each_algorithm_and_draws_them_all(launch):
+    commands = launch("compare.sh", "--config.train.steps=10")
+    trained = [line.split() for line in commands if line.startswith("-m duo_jax.main")]
+    names = ["ar", "mdlm", "duo", "duo_base", "sedd", "d3pm"]
+    assert [next(word for word in line if word.startswith("--config.algo")) for line in trained] == [
+        f"--config.algo.name={name}" for name in names
+    ]
+    assert all(line[-1] == "--config.train.steps=10" for line in trained)
+    asked = " ".join(f"--runs {name}=runs/compare/{name}" for name in names)
+    assert commands[-1] == f"-m duo_jax.evaluation.compare {asked} --out runs/compare"

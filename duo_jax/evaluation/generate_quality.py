@@ -284,9 +284,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def _names(flag: str, values: list[str]) -> dict[str, str]:
-    named = dict(value.split("=", 1) if "=" in value else (Path(value).name, value) for value in values)
-    if len(named) < len(values):
-        raise UserError(f"two {flag} have one name; name them apart, as in {flag} before=... {flag} after=....")
+    named = cli.named(flag, values)
     if HELDOUT in named:
         raise UserError(f"{flag} has {HELDOUT!r}, the name of the text to compare with; give another.")
     return named

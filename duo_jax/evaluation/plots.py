@@ -42,15 +42,26 @@ def perplexity(
         axes.axhline(level, color="0.35", linestyle=style, linewidth=1, label=f"{name} ({level:.1f})")
     for name, step in (marks or {}).items():
         axes.axvline(step, color="C1", linestyle=":", linewidth=1, label=name)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.set_xlabel("step")
-    axes.set_ylabel("perplexity")
-    axes.set_title(title)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(framealpha=0.9)
+    _against_steps(axes, title)
+    _save(figure, path)
+
+
+def compared(path: Path, curves: dict[str, list[tuple[int, float]]], levels: dict[str, float], title: str) -> None:
+    """Writes a PNG of several runs' held-out perplexity against steps, on a logarithmic scale.
+
+    Args:
+        path: the file.
+        curves: (step, perplexity) by the run's name.
+        levels: horizontal lines to compare with, by name.
+        title: above the picture.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    for index, (name, points) in enumerate(curves.items()):
+        label = f"{name} ({points[-1][1]:.1f})"
+        axes.plot(*zip(*points, strict=True), f"{'os^D'[index // 10 % 4]}-", markersize=4, label=label)
+    for name, level in levels.items():
+        axes.axhline(level, color="0.35", linestyle="--", linewidth=1, label=f"{name} ({level:.1f})")
+    _against_steps(axes, title)
     _save(figure, path)
 
 
@@ -82,10 +93,7 @@ def few_steps(
     for (name, (ppl, entropy)), style in zip(levels.items(), itertools.cycle((":", "--", "-.", "-"))):
         left.axhline(ppl, color="0.35", linestyle=style, label=f"{name} ({ppl:.0f})")
         right.axhline(entropy, color="0.35", linestyle=style, label=f"{name} ({entropy:.2f})")
-    left.set_yscale("log")
-    left.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    left.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    left.yaxis.set_minor_formatter(ticker.NullFormatter())
+    _logarithmic(left)
     left.set_ylabel(f"perplexity under {judge}")
     right.set_ylabel("unigram entropy (nats)")
     for axes in (left, right):
@@ -95,6 +103,24 @@ def few_steps(
         axes.grid(alpha=0.3, which="both")
     left.legend(framealpha=0.9, fontsize=8)
     _save(figure, path)
+
+
+def _logarithmic(axes: plt.Axes) -> None:
+    """Makes the vertical axis logarithmic, with plain numbers at 1, 2 and 5."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _against_steps(axes: plt.Axes, title: str) -> None:
+    """Finishes a picture of perplexity against steps."""
+    _logarithmic(axes)
+    axes.set_xlabel("step")
+    axes.set_ylabel("perplexity")
+    axes.set_title(title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(framealpha=0.9)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Runs beside one another, from the files that they leave."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from duo_jax import config as config_lib
+from duo_jax.errors import UserError
+from duo_jax.evaluation import compare
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Returns a function that writes the files of a run and returns its folder."""
+
+    def write(name, evaluations, **settings):
+        config = config_lib.default()
+        config.update_from_flattened_dict({"model.length": 8, "train.batch_size": 4} | settings)
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        rows = [{"step": 5, "train/tokens_per_s": rate} for rate in (100.0, 900.0, 200.0)]
+        rows += [
+            {"step": step, "heldout/nll": nll, "heldout/tokens": tokens, "heldout/unigram_ppl": 60.0,
+             "heldout/uniform_ppl": 300.0}
+            for step, nll, tokens in evaluations
+        ]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(folder)
+
+    return write
+
+
+def cells(text, name):
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_has_the_last_figures_of_each_run(run, tmp_path):
+    runs = {
+        "a": run("a", [(10, 4.0, 80), (20, math.log(20), 80)], **{"algo.name": "duo"}),
+        # Measured twice at a step, as after a resume: the last counts.
+        "b": run("b", [(30, 9.0, 80), (30, 3.5, 80)], **{"algo.name": "mdlm", "train.batch_size": 2}),
+    }
+    compare.report(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "compare.md").read_text()
+    nll = math.log(20)
+    assert cells(text, "a") == [
+        "a",
+        "duo (full)",
+        "20",
+        "640",
+        f"{nll:.4f}",
+        f"{nll / math.log(2):.4f}",
+        "20.00",
+        "200",
+    ]
+    assert cells(text, "b")[1:5] == ["mdlm", "30", "480", "3.5000"]
+    assert "80 held-out tokens" in text
+    assert "autoregressive" not in text
+    assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rows_count_whole_beside_an_autoregressive_run(run, tmp_path):
+    """Ten rows of 8: a run that predicts 7 of each has the same nats a row as one that spreads them over 8."""
+    runs = {"duo": run("duo", [(1, 3.5, 80)]), "ar": run("ar", [(1, 4.0, 70)], **{"algo.name": "ar"})}
+    compare.report(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert cells(text, "duo")[4] == cells(text, "ar")[4] == "4.0000"
+    assert "70 held-out tokens" in text
+    assert "BOS" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"data.tokenizer": "bpe"}, "data.tokenizer"),
+        ({"model.length": 16}, "model.length"),
+        ({"eval.batches": 3}, "eval.batches"),
+    ],
+)
+def test_runs_of_other_tokens_are_refused(run, tmp_path, settings, named):
+    runs = {"a": run("a", [(1, 3.0, 80)]), "b": run("b", [(1, 3.0, 80)], **settings)}
+    with pytest.raises(UserError, match=rf"a and b were measured on different tokens: config.{named} is"):
+        compare.report(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_read_the_same_data_otherwise_are_compared(run, tmp_path):
+    runs = {
+        "a": run("a", [(1, 3.0, 80)]),
+        "b": run("b", [(1, 3.0, 80)], **{"data.workers": 2, "data.dir": "elsewhere"}),
+    }
+    compare.report(runs, tmp_path / "out")
+
+
+def test_what_is_no_run_is_one_line(run, tmp_path):
+    with pytest.raises(UserError, match="no folder of a run"):
+        compare.read("x", tmp_path)
+    with pytest.raises(UserError, match="no evaluation yet"):
+        compare.read("x", tmp_path / run("new", []))
+
+
+def test_from_the_command_line(run, tmp_path):
+    command = [sys.executable, "-m", "duo_jax.evaluation.compare", "--out", str(tmp_path / "out")]
+    twice = subprocess.run([*command, "--runs", "a=x", "--runs", "a=y"], capture_output=True, text=True)
+    assert twice.returncode == 2
+    assert twice.stderr.splitlines() == [
+        "error: two --runs have one name; name them apart, as in --runs before=... --runs after=...."
+    ]
+    done = subprocess.run([*command, "--runs", run("a", [(1, 3.0, 80)])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert cells(done.stdout, "a")[2] == "1"
