@@ -72,13 +72,17 @@ def linear_dt(step: jax.typing.ArrayLike, max_steps: int, dt_start: float = 1e-3
     return dt_start + jnp.clip(jnp.asarray(step) / max_steps, 0.0, 1.0) * (dt_end - dt_start)
 
 
-@jax.custom_vjp
 def kl(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
-    """KL(p || q) in nats between softmax(logits_p) and softmax(logits_q), each `[..., K]`, to `[...]`.
+    """KL(p || q) in nats between softmax(logits_p) and softmax(logits_q), each `[..., K]`, broadcast, to `[...]`.
 
     Summed as p (q/p - 1 - log(q/p)), whose terms are non-negative, so that float32 resolves two nearly equal networks.
     The one gradient temporary a side aside, nothing of the vocabulary's size is kept.
     """
+    return _kl(*jnp.broadcast_arrays(logits_p, logits_q))
+
+
+@jax.custom_vjp
+def _kl(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
     return _kl_forward(logits_p, logits_q)[0]
 
 
@@ -111,7 +115,7 @@ def _kl_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax
     return (cotangent * d_p).astype(logits_p.dtype), (cotangent * (jnp.exp(log_q) - p)).astype(logits_q.dtype)
 
 
-kl.defvjp(_kl_forward, _kl_backward)
+_kl.defvjp(_kl_forward, _kl_backward)
 
 
 def kl_backward(student: jax.Array, teacher: jax.Array) -> jax.Array:
