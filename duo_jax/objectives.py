@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from duo_jax.diffusion import absorbing, distillation, duality, operators, schedules, uniform
@@ -186,7 +186,17 @@ class Objective:
     ) -> jax.Array:
         """Returns what the head reads, `[B, L, D]`, of token ids `[B, L]` or an embedded `[B, L, D]` (float)."""
         x = inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else self.network.embed(params, inputs)
-        return self.network.hidden(params, x, sigma, self.dropout(key), batch.get("lengths"))
+        return self.network.hidden(params, self.by_rows(x), sigma, self.dropout(key), batch.get("lengths"))
+
+    def by_rows(self, x: jax.Array) -> jax.Array:
+        """Returns `x [B, ...]`, its rows split over the devices as the batch's are.
+
+        Where weights are split and blocks are a loop, the compiler, left to itself, may split heads in place of rows: it
+        then sends the whole batch around, and cuDNN's attention refuses queries that are split otherwise than their keys.
+        """
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)))
 
     def mixed(self, params: Weights, mix: jax.Array, ids: jax.Array) -> jax.Array:
         """Returns the embedded mixture `[B, L, D]` of the rows `ids` with the weights `mix`, `[B, L, k]` both."""
@@ -359,7 +369,7 @@ def dcd(this: Objective, teacher: Weights) -> LossFn:
 
         def hidden(weights: Weights, z: jax.Array, t: jax.Array, dropout: jax.Array | None) -> jax.Array:
             sigma = schedules.sigma(gaussian.alpha(t, net.vocab_size)[0])
-            return net.hidden(weights, net.embed(weights, z), sigma, dropout)
+            return net.hidden(weights, this.by_rows(net.embed(weights, z)), sigma, dropout)
 
         def compare(student: jax.Array, theirs: jax.Array, reader: head.Head) -> jax.Array:
             return divergence(student, head.readable_logits(theirs, reader))

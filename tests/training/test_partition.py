@@ -46,17 +46,38 @@ print(json.dumps([steps(settings) for settings in json.loads(sys.argv[1])]))
 """
 
 
-def steps(workdir, *settings, devices):
+# Compiles a train step of each run, and prints the shapes that it gathers from all devices.
+GATHERED = """
+import json, re, sys
+import jax
+from benchmarks import programs
+from helpers import make_config
+
+def gathered(settings):
+    text = programs.training(make_config(settings), 300, jax.devices()).lowered.compile().as_text()
+    results = re.findall(r"= (.*?) all-gather(?:-start)?\\(", text)
+    return [[int(n) for n in shape.split(",") if n] for one in results for shape in re.findall(r"\\[([0-9,]*)\\]", one)]
+
+print(json.dumps([gathered(settings) for settings in json.loads(sys.argv[1])]))
+"""
+
+
+def on_devices(devices, script, settings, *args):
+    """What a script prints of some settings, on so many devices."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
-    args = [sys.executable, "-c", STEPS, json.dumps(settings), str(workdir)]
-    result = subprocess.run(args, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", script, json.dumps(settings), *args]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def steps(workdir, *settings, devices):
+    return on_devices(devices, STEPS, settings, str(workdir))
 
 
 def test_four_devices_compute_what_one_does(trained, text_folder, tmp_path):
@@ -74,6 +95,19 @@ def test_four_devices_compute_what_one_does(trained, text_folder, tmp_path):
     # Weights, first moments, and the average or, in distillation, the teacher.
     assert one["share"] == data["share"] == [1.0, 1.0, 1.0]
     assert fsdp["share"] == distilled["share"] == [0.5, 0.5, 0.5]
+
+
+def test_rows_stay_where_they_are(text_folder):
+    settings = {
+        **trained_settings(text_folder),
+        "algo.name": "ar", "model.scan": True, "mesh.fsdp": 8,
+        "train.batch_size": 16, "model.length": 128, "model.dim": 256, "model.heads": 4,
+    }  # fmt: skip
+    kinds = [{**settings, "model.remat": remat} for remat in ("dots", "blocks")]
+    for shapes in on_devices(8, GATHERED, kinds):
+        assert [256, 768] in shapes, "weights are gathered where they are used"
+        wide = [shape for shape in shapes if np.prod(shape) > 16 * 128]  # than the tokens, which the embedding is told
+        assert not [shape for shape in wide if {16, 16 * 128} & set(shape)], "what is computed of texts is not"
 
 
 def test_a_batch_or_mesh_that_does_not_divide_is_refused():
