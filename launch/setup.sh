@@ -21,7 +21,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     exit 2
   fi
   echo "Installing duo_jax${extras:+ with $extras} into .venv ..."
-  if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
+  # Where Python's venv module lacks a part, as on a bare Debian, it leaves a Python without pip behind.
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1 && ! "$python" -m venv .venv; then
     echo "error: $python cannot make a virtual environment; install its venv module (on Debian: python3-venv)." >&2
     exit 2
   fi

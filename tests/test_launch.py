@@ -24,8 +24,8 @@ def launch(tmp_path):
     for name in ("setup.py", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
 
-    def call(script, *args):
-        environment = {**os.environ, "NOTES": str(tmp_path / "notes"), "PYTHON": sys.executable}
+    def call(script, *args, python=sys.executable):
+        environment = {**os.environ, "NOTES": str(tmp_path / "notes"), "PYTHON": str(python)}
         environment.pop("WORKDIR", None)
         subprocess.run(["bash", f"launch/{script}", *args], cwd=tmp_path, env=environment, check=True, timeout=60)
         return (tmp_path / "notes").read_text().splitlines()
@@ -56,3 +56,14 @@ def test_the_comparison_trains_each_algorithm_and_draws_them_all(launch):
     assert all(line[-1] == "--config.train.steps=10" for line in trained)
     asked = " ".join(f"--runs {name}=runs/compare/{name}" for name in names)
     assert commands[-1] == f"-m duo_jax.evaluation.compare {asked} --out runs/compare"
+
+
+def test_an_environment_without_pip_is_made_anew(launch, tmp_path):
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")  # what is left where the venv module could not finish
+    maker = tmp_path / "maker"
+    maker.write_text(f"#!/bin/sh\n[ $2 = venv ] || exit 0\nprintf '%s' '{NOTE}' >.venv/bin/python\n")
+    maker.chmod(0o755)
+    commands = launch("quickstart.sh", python=maker)
+    assert any(line.startswith("-m pip install") for line in commands)
+    assert commands[-1].startswith("-m duo_jax.main")
