@@ -20,7 +20,8 @@ def choose(requested: str, device: Hardware, *, dtype: jnp.dtype, head_dim: int,
     """Returns who computes attention, `"cudnn"` or `"xla"`, and why.
 
     cuDNN needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, bfloat16 or float16, and a head size that is a
-    multiple of 8 and at most 128 (256 on Hopper, 9.0). JAX refuses it the gradient of an odd length.
+    multiple of 8 and at most 128 (256 on Hopper, 9.0). An odd length is left to XLA, though JAX refuses only the gradient of
+    one with a bias.
 
     Args:
         requested: `auto`, `xla` or `cudnn`.
