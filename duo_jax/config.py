@@ -180,7 +180,7 @@ def default() -> ConfigDict:
     config.checkpoint.every = 5_000
     config.checkpoint.keep = 2  # the newest so many; older ones are deleted
 
-    config.distributed = False  # several hosts: each runs the same command, and JAX finds the others
+    config.distributed = False  # several hosts: each runs the same command, and JAX finds the others (README)
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch; -1: all that are left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,23 @@ def sample(config: ConfigDict, workdir: str) -> None:
 MODES = {"train": loop.train, "eval": evaluate, "sample": sample}
 
 
+def _place() -> dict[str, int]:
+    """Returns how many processes there are and which this one is, where the environment says so: what JAX finds out by
+    itself under SLURM, Open MPI and on TPU pods, and else asks for. The address it reads itself.
+
+    Raises:
+        UserError: a value is no whole number.
+    """
+    place = {}
+    for name in ("num_processes", "process_id"):
+        variable = f"JAX_{name.upper()}"
+        if (value := os.environ.get(variable)) is not None:
+            if not value.isdecimal():
+                raise UserError(f"{variable} is {value!r}; it must be a whole number.")
+            place[name] = int(value)
+    return place
+
+
 def run(config: ConfigDict, workdir: str) -> int | None:
     """Does what `config.mode` says, on all hosts if `config.distributed`.
 
@@ -231,11 +249,13 @@ def run(config: ConfigDict, workdir: str) -> int | None:
         the number of the signal that stopped a training run, or None where all was done.
     """
     if config.distributed:
+        place = _place()
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**place)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"config.distributed is set, but the hosts did not find each other: {str(error).splitlines()[0]} Start it "
-                "under SLURM, Open MPI or on a TPU pod, or leave it out on a single host."
+                "under SLURM, Open MPI or on a TPU pod, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
+                "JAX_PROCESS_ID; or leave it out on a single host."
             ) from error
     return MODES[config.mode](config, str(Path(workdir).expanduser()))

@@ -8,6 +8,7 @@ import pytest
 from helpers import make_config, trained_settings
 
 from duo_jax import api, cli, files, modes
+from duo_jax import config as config_lib
 from duo_jax.errors import UserError
 from duo_jax.training import checkpoint
 from duo_jax.training import run as run_lib
@@ -126,3 +127,19 @@ def test_figures_are_printed_before_they_are_written(copy, text_folder, monkeypa
         with pytest.raises(UserError, match="cannot be written: No space left"):
             modes.run(make_config({**trained_settings(text_folder), "mode": mode}), str(copy))
         assert printed in capsys.readouterr().out
+
+
+def test_hosts_that_no_scheduler_started_are_told_their_place(monkeypatch):
+    told = []
+    monkeypatch.setattr(modes.jax.distributed, "initialize", lambda **place: told.append(place))
+    monkeypatch.setitem(modes.MODES, "train", lambda config, workdir: None)
+    config = config_lib.default()
+    config.distributed = True
+    modes.run(config, "x")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    modes.run(config, "x")
+    assert told == [{}, {"num_processes": 2, "process_id": 1}]
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID is 'one'"):
+        modes.run(config, "x")
