@@ -121,14 +121,14 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
         levels = run_lib.levels(config, text, tokenizer.vocab_size)
     batches = run_lib.heldout(config, text)
     weights = partition.replicate(params.weights, mesh)
-    result = run_lib.measure(weights, params.network, batches, mesh)
+    result = run_lib.measure(weights, params.network, batches, mesh, config.eval.draws)
     if jax.process_index():
         return
     what = f"tokens of {config.eval.path}" if config.eval.path else f"held-out tokens of {config.data.source}"
     progress.say(f"{workdir} at step {step:,}, {result.tokens:,} {what}:")
     progress.say(f"  {run_lib.describe(result, levels)}")
-    report = {"step": step, "nll": result.nll, "bpd": result.bpd, "ppl": result.ppl, "tokens": result.tokens}
-    report |= {f"{name}_ppl": level for name, level in levels.items()} | {"batch_size": config.eval.batch_size}
+    report = {"step": step} | result.figures() | {f"{name}_ppl": level for name, level in levels.items()}
+    report |= {"batch_size": config.eval.batch_size, "draws": config.eval.draws}
     with files.written(path):
         if config.eval.path:
             about = {key: config.eval[key] for key in ("path", "field", "detokenizer", "document_ends")}

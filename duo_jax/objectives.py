@@ -138,7 +138,7 @@ class Objective:
     Attributes:
         network: the sizes, the schedule and the range of t.
         gaussian: used by `duo` and `dcd`.
-        train: whether dropout acts.
+        train: whether dropout acts and times are even.
         mesh: the devices over which the batch is split; None for one device.
     """
 
@@ -176,6 +176,18 @@ class Objective:
         eps = self.network.eps_t if eps is None else eps
         times = schedules.spread(rank, jax.random.uniform(key_time), jnp.maximum(jnp.sum(counts), 1), eps)
         return jnp.minimum(times, 1.0)  # rows that do not count lie beyond
+
+    def levels(self, key: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns alpha_t and its derivative in t, `[B]` each, at one time a row.
+
+        The bounds are integrals over t of alpha'_t times something. In evaluation there are more early times than late ones,
+        for less variance, and the derivative comes with their weights.
+        """
+        t = self.times(key, mask)
+        if self.train:
+            return self.schedule.alpha(t), self.schedule.dalpha(t)
+        t, weight = schedules.towards_zero(t, self.network.eps_t)
+        return self.schedule.alpha(t), self.schedule.dalpha(t) * weight
 
     def dropout(self, key: jax.Array) -> jax.Array | None:
         """Returns the key for dropout, or None where it does not act."""
@@ -258,8 +270,7 @@ class Objective:
 
     def absorbed(self, key_t: jax.Array, key_z: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
         """Returns z_t `[B, L]` of the absorbing process at a time a row, with alpha_t and its derivative in t, `[B]`."""
-        t = self.times(key_t, batch["mask"])
-        alpha_t, dalpha_t = self.schedule.alpha(t), self.schedule.dalpha(t)
+        alpha_t, dalpha_t = self.levels(key_t, batch["mask"])
         z_t = absorbing.q_sample(key_z, batch["tokens"], alpha_t, self.network.mask_id)
         return _but_given(z_t, batch), alpha_t, dalpha_t
 
@@ -288,9 +299,7 @@ def duo_base(this: Objective) -> LossFn:
     def loss_fn(params: Weights, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         del step  # the same objective from the first step to the last
         key_t, key_z, key_dropout = jax.random.split(key, 3)
-        x = batch["tokens"]
-        t = this.times(key_t, batch["mask"])
-        alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
+        x, (alpha_t, dalpha_t) = batch["tokens"], this.levels(key_t, batch["mask"])
         z_t = _but_given(uniform.q_sample(key_z, x, alpha_t, this.network.vocab_size), batch)
         return this.uniform_nelbo(params, key_dropout, z_t, z_t, (alpha_t, dalpha_t), batch)
 

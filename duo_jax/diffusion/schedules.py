@@ -128,3 +128,15 @@ def spread(
     drawn: see `objectives.Objective.times`. Shapes as the arguments broadcast.
     """
     return eps + (1.0 - eps) * ((jnp.asarray(cell) + offset) / n)
+
+
+def towards_zero(t: jax.typing.ArrayLike, eps: float = 1e-3) -> tuple[jax.Array, jax.Array]:
+    """Moves times uniform in [eps, 1] to times of density 1/sqrt(t) there; returns them and their weights, of t's shape.
+
+    A mean of f(t) over the former is one of weight * f(t) over the latter, of less variance where f is a bound on a
+    likelihood: at low noise a token is wrong with probability t, and costs 1/t then. For a cost of c/t the variances are
+    log(1/eps) c^2 = 6.9 c^2 and 4 c^2.
+    """
+    low = eps**0.5
+    root = low + (jnp.asarray(t) - eps) * (1.0 - low) / (1.0 - eps)
+    return jnp.square(root), 2.0 * root * (1.0 - low) / (1.0 - eps)

@@ -104,8 +104,9 @@ def table(curves: Sequence[Curve], tokens: int) -> str:
     for curve in curves:
         step = max(curve.heldout)
         seen = step * curve.settings["train.batch_size"] * curve.settings["model.length"]
-        nll = per_token(curve, step, tokens)
-        figures = f"{nll:.4f} | {nll / math.log(2):.4f} | {math.exp(nll):.2f}"
+        nll, error = per_token(curve, step, tokens), curve.last.get("heldout/stderr")
+        beside = f" ± {error:.4f}" if error else ""
+        figures = f"{nll:.4f}{beside} | {nll / math.log(2):.4f} | {math.exp(nll):.2f}"
         algo = curve.settings["algo.name"]
         if algo == "duo":
             algo += f" ({curve.settings['algo.curriculum.kind']})"
@@ -119,8 +120,8 @@ def provenance(curves: Sequence[Curve], tokens: int) -> str:
     like = min(curves, key=lambda curve: curve.tokens)
     unigram, uniform = (like.last[f"heldout/{name}_ppl"] for name in ("unigram", "uniform"))
     told = (
-        f"Of {tokens:,} held-out tokens, with EMA weights. Token frequencies alone have PPL {unigram:,.1f}, no knowledge "
-        f"{uniform:,.0f}."
+        f"Of {tokens:,} held-out tokens, with EMA weights; ± is the standard error over batches. Token frequencies alone "
+        f"have PPL {unigram:,.1f}, no knowledge {uniform:,.0f}."
     )
     if {curve.settings["algo.name"] == "ar" for curve in curves} == {True, False}:
         told += (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -76,6 +77,7 @@ def measure(
     network: Network,
     batches: pipeline.HeldoutBatches,
     mesh: Mesh,
+    draws: int,
     between: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> likelihood.Likelihood:
     """Returns the likelihood of held-out batches, and shows how far it is.
@@ -85,12 +87,14 @@ def measure(
         network: theirs.
         batches: of `heldout`.
         mesh: the devices over which each is split.
+        draws: of noise for each.
         between: goes through the batches, and may end the evaluation by what it raises.
     """
     shown = progress.passing(
         between(batches), len(batches), "evaluating", unit=" batches", show=jax.process_index() == 0
     )
-    return likelihood.evaluate(weights, network, shown, lambda batch: partition.put(batch, mesh), mesh=mesh)
+    put = functools.partial(partition.put, mesh=mesh)
+    return likelihood.evaluate(weights, network, shown, put, mesh=mesh, draws=draws)
 
 
 def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float]:
@@ -294,11 +298,10 @@ class Run:
 
         `between` is that of `measure`.
         """
-        result = measure(ema, self.network, self.heldout, self.mesh, between)
+        result = measure(ema, self.network, self.heldout, self.mesh, self.config.eval.draws, between)
         before = self.evaluation(step)
         if before is None or not math.isclose(before["heldout/nll"], result.nll, rel_tol=1e-6):  # of other batches
-            scalars = {"nll": result.nll, "bpd": result.bpd, "ppl": result.ppl, "tokens": result.tokens}
-            scalars |= {f"{name}_ppl": level for name, level in self.levels.items()}
+            scalars = result.figures() | {f"{name}_ppl": level for name, level in self.levels.items()}
             self.write(step, {f"heldout/{name}": value for name, value in scalars.items()})
         self.say(f"step {step:,}: held-out {describe(result, self.levels)}")
         if self.primary:
@@ -394,6 +397,9 @@ class Run:
 
 
 def describe(result: likelihood.Likelihood, levels: Mapping[str, float]) -> str:
-    """Returns a line such as `PPL 60.1 (NLL 4.096 nats/token, BPD 5.909; unigram 213.0, uniform 512.0)`."""
+    """Returns a line such as `PPL 60.1 ± 0.6 (NLL 4.096 ± 0.010 nats/token, BPD 5.909; unigram 213.0, uniform 512.0)`."""
+    ppl, nll = (
+        ("", "") if math.isnan(result.stderr) else (f" ± {result.ppl * result.stderr:.2f}", f" ± {result.stderr:.4f}")
+    )
     beside = ", ".join(f"{name} {level:,.1f}" for name, level in levels.items())
-    return f"PPL {result.ppl:.2f} (NLL {result.nll:.4f} nats/token, BPD {result.bpd:.4f}; {beside})"
+    return f"PPL {result.ppl:.2f}{ppl} (NLL {result.nll:.4f}{nll} nats/token, BPD {result.bpd:.4f}; {beside})"

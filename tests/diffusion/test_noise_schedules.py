@@ -57,6 +57,25 @@ def test_against_the_reference(golden):
         np.testing.assert_allclose(times, vectors[f"sample_t_{n}"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.2])
+def test_times_towards_zero_give_the_integrals_of_even_ones(eps):
+    with jax.enable_x64(True):
+        nodes, shares = np.polynomial.legendre.leggauss(60)
+        even = eps + (1 - eps) * 0.5 * (nodes + 1)
+        t, weight = schedules.towards_zero(even, eps)
+        for f, mean in (
+            (lambda t: t * 0 + 1, 1.0),
+            (lambda t: t**3, (1 - eps**4) / 4 / (1 - eps)),
+            (np.cos, (np.sin(1) - np.sin(eps)) / (1 - eps)),
+        ):
+            np.testing.assert_allclose(0.5 * np.sum(shares * weight * f(t)), mean, rtol=1e-12)
+        np.testing.assert_allclose(schedules.towards_zero(np.array([eps, 1.0]), eps)[0], [eps, 1.0], rtol=1e-12)
+        # Their density: an equal share of them lies between each two square roots that are equally far apart.
+        np.testing.assert_allclose(
+            np.diff(np.sqrt(schedules.towards_zero(np.linspace(eps, 1, 9), eps)[0]), 2), 0, atol=1e-12
+        )
+
+
 def test_a_schedule_is_a_static_argument():
     evaluate = jax.jit(lambda schedule, t: schedule.alpha(t), static_argnums=0)
     assert evaluate(schedules.cosine(), 0.5) == schedules.by_name("cosine").alpha(0.5)

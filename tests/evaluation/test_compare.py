@@ -17,7 +17,7 @@ def run(tmp_path):
     """Returns a function that writes the files of a run and returns its folder."""
 
     def write(name, evaluations, **settings):
-        config = config_lib.default()
+        config, algo = config_lib.default(), settings.get("algo.name")
         config.update_from_flattened_dict({"model.length": 8, "train.batch_size": 4} | settings)
         folder = tmp_path / name
         folder.mkdir()
@@ -25,7 +25,7 @@ def run(tmp_path):
         rows = [{"step": 5, "train/tokens_per_s": rate} for rate in (100.0, 900.0, 200.0)]
         rows += [
             {"step": step, "heldout/nll": nll, "heldout/tokens": tokens, "heldout/unigram_ppl": 60.0,
-             "heldout/uniform_ppl": 300.0}
+             "heldout/uniform_ppl": 300.0, **({"heldout/stderr": 0.05} if algo == "mdlm" else {})}
             for step, nll, tokens in evaluations
         ]  # fmt: skip
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -58,7 +58,7 @@ def test_the_table_has_the_last_figures_of_each_run(run, tmp_path):
         "20.00",
         "200",
     ]
-    assert cells(text, "b")[1:5] == ["mdlm", "30", "480", "3.5000"]
+    assert cells(text, "b")[1:5] == ["mdlm", "30", "480", "3.5000 ± 0.0500"]
     assert "80 held-out tokens" in text
     assert "autoregressive" not in text
     assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"

@@ -14,6 +14,20 @@ def test_metrics_equal_the_references(golden):
     assert got.ppl == pytest.approx(float(data["val_ppl"]), rel=1e-6)
 
 
+def test_the_standard_error_is_that_of_leaving_batches_out():
+    """The jackknife, which knows nothing of ratios; an average over batches of unequal size differs from it by 1/n."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(50, 200, 60).astype(float)
+    nats = tokens * rng.normal(4.0, 0.5, 60)
+    got = likelihood._mean(nats, tokens)
+    without = (nats.sum() - nats) / (tokens.sum() - tokens)
+    jackknife = np.sqrt(59 / 60 * np.square(without - without.mean()).sum())
+    assert got.nll == pytest.approx(nats.sum() / tokens.sum())
+    assert got.stderr == pytest.approx(jackknife, rel=0.02)
+    assert got.figures()["stderr"] == got.stderr
+    assert "stderr" not in likelihood._mean(nats[:1], tokens[:1]).figures()
+
+
 def test_unigram_is_the_cross_entropy_of_the_counts():
     counts = np.array([7, 1, 0, 4])
     batches = [
