@@ -1,5 +1,7 @@
 """The train step in float16: the loss is scaled, and a gradient that overflows changes nothing but the scale."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +129,102 @@ def test_other_precisions_have_no_scale():
     current, step, batch = setup("float32")
     assert current.loss_scale == {}
     assert set(step(current, batch)[1]) == {"loss", "grad_norm"}
+
+
+def scalar_state(tx, seed=0, teacher=None):
+    """A state of two weights, with which a step is easily taken by hand."""
+    params = {"w": jnp.array([2.0, -1.0])}
+    return state.TrainState(
+        step=jnp.int32(0), params=params, ema=params, opt_state=tx.init(params),
+        key=jax.random.key_data(jax.random.key(seed)), teacher=teacher or {}, loss_scale={},
+    )  # fmt: skip
+
+
+def scalar_steps(n, value, *, start=None, accumulate=1, tx=None, **kwargs):
+    """The metrics of n steps on the loss `value(params, teacher, key, step)`, and the state after each."""
+    tx = tx or optax.sgd(0.1)
+
+    def make_loss(teacher):
+        def loss_fn(params, batch, key, step):
+            return value(params, teacher, key, step), {"tokens": batch["mask"].sum()}
+
+        return loss_fn
+
+    settings = {"make_loss": make_loss, "optimizer": tx, "ema": 0.5, "accumulate": accumulate} | kwargs
+    step = jax.jit(lambda s: state.train_step(s, {"mask": jnp.ones((4, 1))}, **settings))
+    current, metrics, states = start or scalar_state(tx), [], []
+    for _ in range(n):
+        current, found = step(current)
+        metrics.append({name: float(x) for name, x in found.items()})
+        states.append(current)
+    return metrics, states
+
+
+def test_every_step_of_every_run_has_noise_of_its_own():
+    def noise(params, teacher, key, step):
+        return jax.random.uniform(key) + 0 * params["w"].sum()
+
+    seen = []
+    for accumulate in (1, 2, 4):
+        for seed in (0, 1):
+            start = scalar_state(optax.sgd(0.1), seed)
+            seen += [row["loss"] for row in scalar_steps(5, noise, start=start, accumulate=accumulate)[0]]
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_is_told_how_many_steps_were_taken_before(accumulate):
+    metrics, states = scalar_steps(4, lambda params, teacher, key, step: 1.0 * step, accumulate=accumulate)
+    assert [row["loss"] for row in metrics] == [0, 1, 2, 3]
+    assert [int(s.step) for s in states] == [1, 2, 3, 4]
+
+
+def test_the_average_is_of_the_weights_after_each_step_and_warms_up():
+    """By hand; the decay of 0.5 is reached at the eighth step."""
+    _, states = scalar_steps(12, lambda params, teacher, key, step: jnp.sum(params["w"] ** 2))
+    weights = ema = np.array([2.0, -1.0])
+    for n, found in enumerate(states, start=1):
+        weights = weights - 0.1 * 2 * weights
+        decay = min(0.5, (1 + n) / (10 + n))
+        ema = decay * ema + (1 - decay) * weights
+        np.testing.assert_allclose(found.params["w"], weights, rtol=1e-5)
+        np.testing.assert_allclose(found.ema["w"], ema, rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["ema", "student"])
+def test_a_teacher_is_renewed_at_the_end_of_its_round_and_not_learnt(source):
+    """Three steps a round: the fourth learns from what the third has made."""
+    teacher = {"w": jnp.array([7.0, 7.0])}
+
+    def value(params, teacher, key, step):
+        return teacher["w"].sum() + params["w"].sum()
+
+    renew = functools.partial(state.renew_teacher, every=3, source=source)
+    start = scalar_state(optax.sgd(0.1), teacher=teacher)
+    metrics, states = scalar_steps(7, value, start=start, new_teacher=renew)
+    kept = "ema" if source == "ema" else "params"
+    for n, found in enumerate(states):
+        last = 3 * ((n + 1) // 3) - 1
+        want = teacher if last < 0 else getattr(states[last], kept)
+        np.testing.assert_array_equal(found.teacher["w"], want["w"])
+    for n, row in enumerate(metrics):
+        before = states[n - 1] if n else start
+        assert row["loss"] == pytest.approx(float(before.teacher["w"].sum() + before.params["w"].sum()), rel=1e-6)
+
+
+def test_the_norm_that_is_told_is_the_gradients_before_clipping():
+    config = make_config({**SETTINGS, "train.clip": 1.0, "train.lr": 0.1, "train.warmup": 0})
+    slope = jnp.array([30.0, 40.0])
+    metrics, _ = scalar_steps(2, lambda p, t, k, s: jnp.sum(slope * p["w"]), tx=optimizer.create(config.train))
+    assert [row["grad_norm"] for row in metrics] == pytest.approx([50, 50])
+
+
+def test_the_norm_of_all_weights_together_is_clipped():
+    """A gradient of norm 5, half of the weights' parts below 1 each: clipped as a whole, it keeps its direction."""
+    config = make_config({**SETTINGS, "train.clip": 1.0, "train.lr": 1.0, "train.warmup": 0})
+    clip = optimizer.create(config.train)
+    gradient = {"a": jnp.array([3.0, 0.6]), "b": jnp.array([-0.8, np.sqrt(25 - 9 - 0.36 - 0.64)])}
+    _, moments = clip.update(gradient, clip.init(gradient), gradient)
+    first = next(s.mu for s in jax.tree.leaves(moments, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    for name, g in gradient.items():
+        np.testing.assert_allclose(first[name], 0.1 * g / 5, rtol=1e-5)
