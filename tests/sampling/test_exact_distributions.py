@@ -18,6 +18,7 @@ from scipy import stats
 from duo_jax import sampling
 from duo_jax.diffusion import schedules
 from duo_jax.errors import UserError
+from duo_jax.sampling import engine
 
 SCHEDULE = schedules.log_linear()
 UNIFORM = [{}, {"sampler": "psi"}, {"sampler": "psi", "psi": "constant-0.5"}, {"sampler": "psi", "psi": "pure-pc"}]
@@ -244,3 +245,35 @@ def test_a_process_that_computes_in_float64_samples_too():
             schedule=schedules.log_linear(), n_steps=3,
         )  # fmt: skip
     assert tokens.dtype == jnp.int32
+
+
+def test_the_unconditional_text_goes_its_own_way_only_where_the_prompt_is():
+    """Under guidance both networks read one text, but for the places that only the prompt holds."""
+    rows, vocab, n_steps = 64, 4, 20
+    certain = {name: 30.0 * jax.nn.one_hot(token, vocab) for name, token in (("conditional", 0), ("free", 1))}
+    seen = []
+
+    def denoise(states, sigma, visitor, asked, *per_token):
+        jax.debug.callback(lambda *z: seen.append([np.asarray(x) for x in z]), *states, ordered=True)
+        logits = tuple(jnp.broadcast_to(values, (rows, 3, vocab)) for values in certain.values())
+        return visitor(logits, *per_token)
+
+    def known(tokens, held):
+        return engine.Given(jnp.tile(jnp.array(tokens), (rows, 1)), jnp.tile(jnp.array(held), (rows, 1)))
+
+    # The prompt holds the first place, both texts hold the last one.
+    given, free = known([2, 0, 3], [True, False, True]), known([0, 0, 3], [False, False, True])
+    settings = sampling.Settings(n_steps, guided=True)
+    walk = engine.run(denoise, jax.random.key(0), given, vocab, settings, sampling.Knobs(guidance=1.0), free)
+    jax.block_until_ready(walk.tokens)
+    jax.effects_barrier()
+    prompted, unprompted = (np.stack(z) for z in zip(*seen, strict=True))
+    assert len(prompted) == n_steps + 1
+    np.testing.assert_array_equal(prompted[..., 1:], unprompted[..., 1:])
+    assert (prompted[..., 0] == 2).all()
+    assert (prompted[..., 2] == 3).all()
+    # It starts from noise there, too, and ends at what the unconditional network says.
+    assert set(np.unique(unprompted[0, :, 0])) == set(range(vocab))
+    assert (unprompted[-1, :, 0] == 1).mean() > 0.9
+    assert (walk.tokens[:, 1] == 0).all()
+    assert int(walk.predictions) == 2 * rows * 3 * (n_steps + 1)
