@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
+from duo_jax import config as config_lib
 from duo_jax import convert, hardware
 from duo_jax.convert import arrays
 from duo_jax.errors import UserError
 from duo_jax.hardware import Hardware
 from duo_jax.models import attention
-from duo_jax.models.dit import DiT, time_features
+from duo_jax.models.dit import Block, DiT, time_features
 from duo_jax.models.network import SIZES, Network, Params, chunk_budget, count, fastest_dtype
 
 VOCAB = 53
@@ -194,3 +196,102 @@ def test_a_chunk_of_logits_has_a_thirty_second_of_the_devices_memory():
     assert chunk_budget(Hardware("gpu", memory=2**30)) == 160
     assert chunk_budget(Hardware("tpu", memory=2**40)) == 4096
     assert chunk_budget(Hardware("gpu")) == 512  # a device that does not tell
+
+
+def within(values, mean, deviation):
+    """A false alarm in 16 million: 5.3 standard deviations."""
+    return abs(np.mean(values) - mean) <= 5.3 * deviation / np.size(values) ** 0.5
+
+
+def test_dropout_acts_on_each_branch_at_its_rate_and_keeps_the_mean():
+    """A block of one token whose attention adds norm1(x) and whose MLP adds 1."""
+    rate, dim = 0.3, 128
+    block = Block(dim, 1, rate, False, False, jnp.float32, "xla")
+    x = jax.random.normal(jax.random.key(0), (64, 1, dim))
+    angles = attention.rotary_angles(1, dim)
+    fresh = block.init(jax.random.key(1), x, None, *angles, False)["params"]
+    weights = jax.tree.map(jnp.zeros_like, fresh)
+    weights["norm1"] = fresh["norm1"]
+    weights["qkv"]["kernel"] = weights["qkv"]["kernel"].at[:, 2 * dim :].set(jnp.eye(dim))
+    weights["attn_out"]["kernel"] = jnp.eye(dim)
+    weights["mlp_out"]["bias"] = jnp.ones(dim)
+    added = [
+        np.asarray(block.apply({"params": weights}, x, None, *angles, train, rngs={"dropout": jax.random.key(2)}) - x)
+        for train in (False, True)
+    ]
+    norm = added[0] - 1
+    np.testing.assert_allclose(norm, (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True), rtol=1e-3, atol=1e-4)
+    # Which of the two came through, from what came out.
+    choices = np.array([(a, m) for a in (0, 1) for m in (0, 1)])
+    distance = np.abs(added[1][..., None] - (norm[..., None] * choices[:, 0] + choices[:, 1]) / (1 - rate))
+    assert distance.min(-1).max() < 1e-3
+    known = np.sort(distance, axis=-1)[..., 1] > 0.05  # near ties, of norms near 0 or -1, tell nothing
+    assert known.mean() > 0.8
+    attended, mlp = np.moveaxis(choices[distance.argmin(-1)], -1, 0)
+    deviation = (rate * (1 - rate)) ** 0.5
+    assert within(attended[known], 1 - rate, deviation)
+    assert within(mlp[known], 1 - rate, deviation)
+    both = (1 - rate) ** 2
+    assert within((attended * mlp)[known], both, (both * (1 - both)) ** 0.5)
+    assert (mlp[0] != mlp[1]).any(), "rows have masks of their own"
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks_do_not_share_their_dropout(scan):
+    """Two blocks that add 1 to a stream of zeros: of each entry both, one or none comes through."""
+    rate, net = 0.5, network(dropout=0.5, scan=scan, algo="ar", dim=128, heads=1, length=1)
+    weights = jax.tree.map(jnp.zeros_like, net.init(jax.random.key(0)))
+    for name in ("block_0", "block_1"):
+        weights[name]["mlp_out"]["bias"] = jnp.ones(net.dim)
+    weights["norm_final"]["norm"]["scale"] = jnp.ones(net.dim)
+    found = np.asarray(net.hidden(weights, jnp.zeros((64, 1, net.dim)), None, jax.random.key(1)))
+    # The last norm keeps the three levels apart.
+    lowest, highest = found.min(-1, keepdims=True), found.max(-1, keepdims=True)
+    passed = np.round(2 * (found - lowest) / (highest - lowest))
+    assert within(passed == 1, 2 * rate * (1 - rate), 0.5)
+    assert within(passed == 2, (1 - rate) ** 2, 0.75**0.5 / 2)
+
+
+def test_fresh_weights_are_as_the_reference_draws_them():
+    """Uniform in +-1/sqrt(fan_in), biases too, and +-1/sqrt(D) for the embedding; zero where a block starts as identity."""
+    net = network(dim=64, heads=4, cond_dim=32, vocab_size=500)
+    weights = net.init(jax.random.key(0))
+    block = weights["block_1"]
+    bounds = {
+        "embedding": (weights["embed"]["embedding"], 64), "time_in": (weights["time_in"]["kernel"], 256),
+        "time_in bias": (weights["time_in"]["bias"], 256), "time_out": (weights["time_out"]["kernel"], 32),
+        "time_out bias": (weights["time_out"]["bias"], 32), "qkv": (block["qkv"]["kernel"], 64),
+        "attn_out": (block["attn_out"]["kernel"], 64), "mlp_in": (block["mlp_in"]["kernel"], 64),
+        "mlp_in bias": (block["mlp_in"]["bias"], 64), "mlp_out": (block["mlp_out"]["kernel"], 256),
+        "mlp_out bias": (block["mlp_out"]["bias"], 256),
+    }  # fmt: skip
+    for name, (values, fan_in) in bounds.items():
+        u = np.asarray(values).ravel() * fan_in**0.5
+        assert np.abs(u).max() <= 1 + 1e-6, name
+        assert stats.kstest(u, stats.uniform(-1, 2).cdf).pvalue > 1e-5, name
+    zeros = block["modulation"], weights["modulation_final"], weights["head"]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
+    assert all((np.asarray(norm["norm"]["scale"]) == 1).all() for norm in (block["norm1"], weights["norm_final"]))
+
+
+def test_a_network_is_what_its_config_says():
+    """Each field, set to what is not its default, arrives."""
+    config = config_lib.default()
+    changes = {
+        "algo.name": "d3pm", "algo.schedule": "cosine", "algo.eps": 0.01, "algo.eps_t": 0.02, "algo.d3pm_steps": 17,
+        "model.length": 48, "model.dim": 24, "model.blocks": 5, "model.heads": 3, "model.cond_dim": 7,
+        "model.dropout": 0.25, "model.attention": "xla", "model.head_mib": 3, "model.remat": "dots", "model.scan": True,
+        "precision": "float32",
+    }  # fmt: skip
+    config.update_from_flattened_dict(changes)
+    found = dataclasses.asdict(Network.from_config(config, 99, 42))
+    wanted = {name.split(".")[-1]: value for name, value in changes.items()}
+    wanted["algo"] = wanted.pop("name")
+    assert found == {**wanted, "vocab_size": 99, "mask_id": 42}
+    assert Network.from_config(config, 99).mask_id == 98
+    module = Network.from_config(config, 99).module
+    for name in ("vocab_size", "dim", "blocks", "heads", "cond_dim", "dropout", "attention", "remat", "scan"):
+        assert getattr(module, name) == found[name], name
+    assert (module.causal, module.adaln) == (False, True)
+    causal = dataclasses.replace(Network.from_config(config, 99), algo="ar").module
+    assert (causal.causal, causal.adaln) == (True, False)
