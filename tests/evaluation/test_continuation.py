@@ -73,12 +73,13 @@ def test_the_bound_of_a_single_masked_token_is_its_cross_entropy(algo):
     z_t = jnp.asarray([[*TEXT[:3], net.mask_id]])
     logits = net.logits(weights, net.hidden(weights, net.embed(weights, z_t), jnp.zeros(1)))
     want = -float(absorbing.subs(logits, z_t, net.mask_id)[0, 3, TEXT[3]])
-    got = [nats(net, weights, 3, 2048, key=key)[0] for key in range(8)]
+    # What fills the row up is not seen, and costs nothing.
+    got = [nats(net, weights, 3, 2048, key=key, filled=3)[0] for key in range(8)]
     if algo == "d3pm":  # its reconstruction term is that of the whole clean token
         clean = net.logits(weights, net.hidden(weights, net.embed(weights, jnp.asarray(TEXT[None])), jnp.zeros(1)))
         want -= float(jax.nn.log_softmax(clean)[0, 3, TEXT[3]])
     assert abs(np.mean(got) - want) < 5.4 * np.std(got, ddof=1) / np.sqrt(len(got))
-    assert np.std(got, ddof=1) < 0.05 * want
+    assert np.std(got, ddof=1) < 0.08 * want
 
 
 def test_an_autoregressive_networks_is_exact():
@@ -112,6 +113,63 @@ def test_a_greedy_step_writes_what_the_network_holds_most_probable(algo):
     weights["head"] = {**weights["head"], "bias": bias}
     assert nats(net, weights, 3, 1, filled=2)[1]
     assert not nats(net, weights, 2, 1, filled=2)[1]
+
+
+def test_a_greedy_step_predicts_a_masked_end_from_the_beginning_alone():
+    """The end is judged by what the network says where masks stand in its place, whatever fills the row up."""
+    net = network("mdlm")
+    mask = net.mask_id
+    found = set()
+    for seed in range(4):
+        weights = opinionated(net, seed=seed)
+        text = TEXT.copy()
+        z = jnp.asarray([[*text[:2], mask, mask]])
+        logits = net.logits(weights, net.hidden(weights, net.embed(weights, z), jnp.zeros(1)))
+        best = np.asarray(logits[0, :, :mask].argmax(-1))
+        for end in itertools.product(range(mask), repeat=2):
+            text[2:] = end
+            row = np.asarray([*text, 0, 1], np.int32)
+            _, greedy = likelihood.continuation(weights, row, 2, 4, jax.random.key(0), network=net, n_samples=1)
+            assert bool(greedy) == (end == tuple(best[2:])), (seed, end)
+            found.add(bool(greedy))
+    assert found == {True, False}
+
+
+def test_a_greedy_step_predicts_an_end_from_uniform_noise():
+    """How often one is called greedy, over noise, against the sum over all noise; a false alarm in 16 million."""
+    net = network("duo_base")
+    weights = opinionated(net, seed=3)
+    sigma = schedules.sigma(schedules.by_name(net.schedule, net.eps).alpha(1.0))
+    ends = np.array(list(itertools.product(range(VOCAB), repeat=2)))
+    z = jnp.asarray(np.hstack([np.tile(TEXT[:2], (len(ends), 1)), ends]))
+    logits = net.logits(weights, net.hidden(weights, net.embed(weights, z), jnp.full(len(ends), sigma)))
+    best = np.asarray(logits.argmax(-1))[:, 2:]
+    likely = next(end for end in ends if 0.2 < (best == end).all(1).mean() < 0.8)
+    share = (best == likely).all(1).mean()
+    row = np.asarray([*TEXT[:2], *likely, 3, 0], np.int32)
+    n = 200
+
+    def greedy(key):
+        return likelihood.continuation(weights, row, 2, 4, key, network=net, n_samples=1)[1]
+
+    called = np.asarray(jax.jit(jax.vmap(greedy))(jax.random.split(jax.random.key(0), n)))
+    assert abs(called.mean() - share) < 5.3 * (share * (1 - share) / n) ** 0.5
+
+
+def test_an_autoregressive_greedy_step_reads_what_stands_before():
+    net = network("ar")
+    weights = opinionated(net)
+    text = np.array([1, 3, 0, 0, 0])
+    for place in (2, 3, 4):
+        hidden = net.hidden(weights, net.embed(weights, jnp.asarray(text[None, :place])), None)
+        text[place] = int(net.logits(weights, hidden)[0, -1, : net.mask_id].argmax())
+    for changed in (None, 2, 3, 4):
+        row = text.copy()
+        if changed:
+            row[changed] = (row[changed] + 1) % net.mask_id
+        row = np.asarray([*row, 3, 3, 3], np.int32)
+        _, greedy = likelihood.continuation(weights, row, 2, 5, jax.random.key(0), network=net, n_samples=1)
+        assert bool(greedy) == (changed is None)
 
 
 def test_one_program_serves_all_borders():

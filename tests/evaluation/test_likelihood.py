@@ -1,9 +1,12 @@
 """Averages over held-out tokens."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from duo_jax.evaluation import likelihood, plots
+from duo_jax.models.network import Network
 
 
 def test_metrics_equal_the_references(golden):
@@ -48,3 +51,51 @@ def test_the_plot_is_a_picture(tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG"
     plots.perplexity(path, [], [], {"uniform": 300.0}, "an empty run")
     assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
+
+
+def small(algo):
+    net = Network(
+        algo=algo, vocab_size=7, mask_id=6, length=5, dim=16, blocks=1, heads=2, cond_dim=8, dropout=0.0,
+        precision="float32",
+    )  # fmt: skip
+    leaves, tree = jax.tree.flatten(net.init(jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return net, tree.unflatten([x + 0.5 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+def test_an_average_is_over_tokens_however_the_batches_are_filled():
+    """Of an autoregressive network, whose likelihood is exact: the sum over all tokens after the first, by their number."""
+    net, weights = small("ar")
+    rng = np.random.default_rng(0)
+    batches = [{"tokens": rng.integers(0, 6, (3, 5)), "mask": np.ones((3, 5), np.float32)} for _ in range(3)]
+    batches[1]["mask"][1:, 3:] = 0
+    batches[2]["mask"][1:] = 0  # the last one is filled up
+    nats, count = 0.0, 0
+    for batch in batches:
+        hidden = net.hidden(weights, net.embed(weights, jnp.asarray(batch["tokens"])), None)
+        logits = np.float64(net.logits(weights, hidden))[..., :6]  # the mask, id 6, is never predicted
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        own = np.take_along_axis(p[:, :-1], batch["tokens"][:, 1:, None], -1)[..., 0]
+        nats += np.sum(batch["mask"][:, 1:] * -np.log(own))
+        count += int(batch["mask"][:, 1:].sum())
+    got = likelihood.evaluate(weights, net, batches)
+    assert got.tokens == count == 3 * 4 + 4 + 2 * 2 + 4
+    assert got.nll == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_each_batch_has_noise_of_its_own_and_the_same_every_time():
+    net, weights = small("duo_base")
+    batch = {"tokens": np.random.default_rng(0).integers(0, 7, (8, 5)), "mask": np.ones((8, 5), np.float32)}
+    one, two, again = (likelihood.evaluate(weights, net, [batch] * n).nll for n in (1, 2, 2))
+    assert two == again
+    assert one != two
+    assert likelihood.evaluate(weights, net, [batch]).nll == one
+
+
+def test_tokens_that_are_given_are_not_predicted_by_frequency():
+    batch = {"tokens": np.array([[0, 1, 1], [0, 2, 0]]), "mask": np.array([[1, 1, 1], [1, 1, 0]])}
+    counts = np.array([9, 2, 1])
+    share = (counts + 1) / (counts + 1).sum()
+    got = likelihood.unigram(counts, [batch], given=1)
+    assert got.tokens == 3
+    assert got.nll == pytest.approx(-np.log(share[[1, 1, 2]]).mean())
