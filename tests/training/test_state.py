@@ -228,3 +228,28 @@ def test_the_norm_of_all_weights_together_is_clipped():
     first = next(s.mu for s in jax.tree.leaves(moments, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
     for name, g in gradient.items():
         np.testing.assert_allclose(first[name], 0.1 * g / 5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("overflowing", [0, 1, 2])
+def test_one_part_that_overflows_is_enough_whichever_it_is(overflowing):
+    """The gradient of one of three parts is beyond float32; those of the others are 1."""
+
+    def make_loss(teacher):
+        def loss_fn(params, batch, key, step):
+            return jnp.sum(params["w"] * batch["tokens"].mean()), {"tokens": batch["mask"].sum()}
+
+        return loss_fn
+
+    tx = optax.sgd(0.1)
+    start = scalar_state(tx).replace(loss_scale=state.new_loss_scale())
+    size = jnp.ones((6, 1)).at[overflowing::3].set(1e38)  # every third row is of one part
+    step = jax.jit(
+        lambda s, b: state.train_step(s, b, make_loss=make_loss, optimizer=tx, ema=0.5, accumulate=3),
+    )
+    after, metrics = step(start, {"tokens": size, "mask": jnp.ones((6, 1))})
+    assert (metrics["skipped"], metrics["loss_scale"], int(after.loss_scale.fin_steps)) == (1, 2.0**15, 0)
+    np.testing.assert_array_equal(after.params["w"], start.params["w"])
+    np.testing.assert_array_equal(after.ema["w"], start.ema["w"])
+    after, metrics = step(start, {"tokens": jnp.ones((6, 1)), "mask": jnp.ones((6, 1))})
+    assert (metrics["skipped"], metrics["loss_scale"], int(after.loss_scale.fin_steps)) == (0, 2.0**16, 1)
+    np.testing.assert_allclose(after.params["w"], start.params["w"] - 0.1, rtol=1e-6)
