@@ -49,6 +49,7 @@ def test_rows_over_many_shards(many_shards, folder, length, split):
     store, single = shards.TokenStore(many_shards, split), shards.TokenStore(folder, split)
     assert len(store.metadata["splits"][split]["shards"]) > 1
     assert len(single.metadata["splits"][split]["shards"]) == 1
+    assert shards.verify(many_shards) == store.metadata  # the hashes of every shard
     stream = single.read(0, single.tokens)
     np.testing.assert_array_equal(store.read(0, store.tokens), stream)
 
@@ -88,3 +89,16 @@ def test_settings_out_of_range(folder):
         packing.open_rows(store, 2, "packed")
     with pytest.raises(UserError, match="choose one of packed, padded"):
         packing.open_rows(store, 16, "wrapped")
+
+
+def test_any_shard_that_changes_changes_the_hash_of_all():
+    entry = {"tokens_sha256": "a", "ends_sha256": "b"}
+    splits = {split: {"shards": [dict(entry), dict(entry)]} for split in ("train", "heldout")}
+    hashes = {shards.content_hash(splits)}
+    for split in splits:
+        for place in range(2):
+            for key in entry:
+                splits[split]["shards"][place][key] = "c"
+                hashes.add(shards.content_hash(splits))
+                splits[split]["shards"][place][key] = entry[key]
+    assert len(hashes) == 1 + 2 * 2 * 2

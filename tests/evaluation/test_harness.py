@@ -149,3 +149,31 @@ def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "duo_jax.evaluation.harness_model")
     with pytest.raises(duo_jax.UserError, match=r"pip install 'duo_jax\[harness\]'"):
         importlib.import_module("duo_jax.evaluation.harness_model")
+
+
+def test_a_context_is_cut_from_the_left_and_an_answer_at_its_end(model, params, monkeypatch):
+    tokenizer, length = duo_jax.api.tokenizer_of(params.tokenizer), params.network.length
+    written = tokenizer.encode("the station is in the north of the country, and the river")
+    asked = []
+
+    def sample(params, n_steps, *, infill, each, **kwargs):
+        asked.append([np.array(part) for part in infill])
+        tokens = asked[-1][0].copy()
+        for row, held in zip(tokens, asked[-1][1], strict=True):
+            free = np.flatnonzero(~held)
+            row[free] = np.resize(written, len(free))
+        tokens[1, np.flatnonzero(~asked[-1][1][1])[4]] = tokenizer.eos_id
+        return types.SimpleNamespace(tokens=tokens)
+
+    monkeypatch.setattr(harness_model.api, "sample", sample)
+    long, short = "A town lies on the bank of a river, and its history is long. " * 9, "The town"
+    texts = model.generate_until([request(long, {"max_gen_toks": 10}), request(short, {})])
+    ((tokens, held),) = asked
+    room = length - 1 - 10
+    assert tokens[0][held[0]].tolist() == [tokenizer.bos_id, *tokenizer.encode(long)[-room:]]
+    assert tokens[1][held[1]].tolist() == [tokenizer.bos_id, *tokenizer.encode(short)]
+    for row in held:
+        assert row[: row.sum()].all()
+    assert texts == [tokenizer.decode(written[:10]), tokenizer.decode(written[:4])]
+    ((tokens, _),) = asked
+    assert len(model.generate_until([request(short, {}), request(short, {"max_gen_toks": 3})])) == 2
