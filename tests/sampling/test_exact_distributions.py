@@ -247,6 +247,21 @@ def test_a_process_that_computes_in_float64_samples_too():
     assert tokens.dtype == jnp.int32
 
 
+@pytest.mark.parametrize(("weight", "best"), [(2.0, 0), (-1.0, 2)])
+@pytest.mark.parametrize("sample", [uniform, absorbing])
+def test_a_guided_text_ends_in_the_most_probable_tokens_of_the_mixture(sample, weight, best):
+    """Of p^g q^(1-g) itself, whatever token the walk has come to."""
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    second = (leave_one_out if sample is uniform else given_revealed)(q)
+    settings = {"unconditional_fn": second, "guidance": weight, "noise_removal": "greedy", "trajectory": True}
+    z = np.asarray(sample(p, 9, 500, 2, **settings).trajectory)
+    assert len(np.unique(z[-2])) > 1
+    if sample is uniform:
+        assert (z[-1] == best).all()
+    else:  # what is revealed stays
+        assert (z[-1] == np.where(z[-2] == 3, best, z[-2])).all()
+
+
 def test_the_unconditional_text_goes_its_own_way_only_where_the_prompt_is():
     """Under guidance both networks read one text, but for the places that only the prompt holds."""
     rows, vocab, n_steps = 64, 4, 20
