@@ -16,8 +16,9 @@ from helpers import ROOT, command, make_config, run, tiny_settings, trained_sett
 
 import duo_jax
 from duo_jax import progress
+from duo_jax.data import pipeline, prepare
 from duo_jax.errors import UserError
-from duo_jax.evaluation import plots
+from duo_jax.evaluation import likelihood, plots
 from duo_jax.training import checkpoint, loop, writers
 
 
@@ -273,3 +274,22 @@ def test_training_from_python_in_a_thread_with_a_writer_and_in_parts(text_folder
         duo_jax.train({}, tmp_path)
     with pytest.raises(UserError, match="workdir is None"):
         duo_jax.train(make_config(tiny_settings(text_folder)), None)
+
+
+def test_what_is_measured_on_the_way_is_the_average(text_folder, tmp_path):
+    """The held-out figure of a step, anew from that step's checkpoint: of its averaged weights, not of its last ones."""
+    settings = {**trained_settings(text_folder), "train.steps": 10, "eval.every": 5, "sample.every": 0}
+    loop.train(make_config(settings), str(tmp_path))
+    rows = {
+        row["step"]: row["heldout/nll"]
+        for row in writers.read_jsonl(tmp_path / "metrics.jsonl")
+        if "heldout/nll" in row
+    }
+    assert set(rows) == {5, 10}
+    heldout = pipeline.heldout_batches(
+        prepare.shards_folder(make_config(settings).data), length=32, batch_size=16, max_batches=4
+    )
+    for step, told in rows.items():
+        average, last = (checkpoint.read(tmp_path / "checkpoints" / str(step), ema=ema)[0] for ema in (True, False))
+        assert likelihood.evaluate(average.weights, average.network, heldout).nll == pytest.approx(told, rel=1e-5)
+        assert likelihood.evaluate(last.weights, last.network, heldout).nll != pytest.approx(told, rel=1e-5)
