@@ -19,7 +19,7 @@ from duo_jax.models.network import Network
 
 TEXT = np.array([1, 2])
 TOKENS = 3  # which text is made of; absorbing algorithms have the mask beside them
-ROWS, KEYS = 4096, 16
+ROWS, KEYS = 2048, 16
 D3PM_STEPS = 5
 STATES = {k: np.array(list(itertools.product(range(k), repeat=len(TEXT)))) for k in (TOKENS, TOKENS + 1)}
 
@@ -35,9 +35,14 @@ def network(algo, **kwargs):
 
 def opinionated(net, seed, scale=0.3):
     """Weights made not to be zero, so that what is predicted depends on the tokens and on the noise level."""
-    leaves, tree = jax.tree.flatten(net.init(jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return tree.unflatten([x + scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+    @jax.jit
+    def draw(key, another):
+        leaves, tree = jax.tree.flatten(net.init(key))
+        keys = jax.random.split(another, len(leaves))
+        return tree.unflatten([x + scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+    return draw(jax.random.key(seed), jax.random.key(seed + 1))
 
 
 def deaf(weights):
@@ -70,17 +75,21 @@ def times(eps_t, n=400):
     return eps_t + (1 - eps_t) * v**2, 2 * v / n
 
 
-def losses(loss_fn, weights, step=0, rows=ROWS):
-    """The loss of KEYS batches, each with its own draws; the last row of each only fills up."""
-    mask = jnp.ones((rows + 1, len(TEXT))).at[-1].set(0)
+def losses(loss_fn, weights, *steps):
+    """The losses [KEYS] at each of the steps, each with its own draws, of batches whose last row only fills up."""
+    mask = jnp.ones((ROWS + 1, len(TEXT))).at[-1].set(0)
     batch = {"tokens": jnp.broadcast_to(jnp.asarray(TEXT), mask.shape), "mask": mask}
-    keys = jax.random.split(jax.random.key(7), KEYS)
-    return np.float64(
-        jax.jit(lambda: jax.lax.map(lambda key: loss_fn(weights, batch, key, jnp.int32(step))[0], keys))()
-    )
+    keys = jax.random.split(jax.random.key(7), (len(steps), KEYS))
+
+    @jax.jit
+    def at(args):
+        step, keys = args
+        return jax.lax.map(lambda key: loss_fn(weights, batch, key, step)[0], keys)
+
+    return np.float64(jax.lax.map(at, (jnp.asarray(steps, jnp.int32), keys)))
 
 
-def assert_mean(values, want, resolution=0.05):
+def assert_mean(values, want, resolution=0.07):
     assert stats.ttest_1samp(values, want).pvalue > FALSE_ALARM, (values.mean(), want)
     # What the test can tell: five standard errors are no more than this share of the loss.
     assert 5 * values.std(ddof=1) / np.sqrt(KEYS) < resolution * want
@@ -155,7 +164,7 @@ def test_the_bound_that_is_evaluated(algo):
     net = network(algo, dropout=0.5)
     weights = opinionated(net, seed=3)
     want = discrete_bound(net, weights) if algo == "duo_base" else masked_integral(net, weights)
-    assert_mean(losses(objectives.evaluation_loss(net), weights), want)
+    assert_mean(*losses(objectives.evaluation_loss(net), weights, 0), want)
 
 
 def settings(algo, **values):
@@ -181,7 +190,7 @@ def test_the_curriculums_limit_is_the_bound_in_gaussian_time():
     alpha, slope = exact_operator(-2.0 + 3.0 * t, TOKENS)
     want = uniform_integral(net, weights, alpha, 3.0 * slope, weight)
     loss_fn = objectives.training_loss(settings("duo", **cold), net)({})
-    assert_mean(losses(loss_fn, weights), want)
+    assert_mean(*losses(loss_fn, weights, 0), want)
 
 
 @pytest.mark.parametrize("kind", ["full", "topk"])
@@ -211,10 +220,10 @@ def test_the_curriculum_reads_the_relaxed_latent(kind):
         levels = (np.broadcast_to(v[:, None, None], p.shape[:3]) for v in (alpha, 3.0 * slope))
         f = published_nelbo(p, w.argmax(-1), np.broadcast_to(TEXT, p.shape[:3]), *levels)
         drawn.append(np.sum(weight * f.mean((1, 2))))
-    ours = losses(objectives.training_loss(config, net)({}), weights, step)
+    (ours,) = losses(objectives.training_loss(config, net)({}), weights, step)
     drawn = np.float64(drawn)
     assert stats.ttest_ind(ours, drawn, equal_var=False).pvalue > FALSE_ALARM, (ours.mean(), drawn.mean())
-    assert 5 * np.hypot(ours.std(ddof=1), drawn.std(ddof=1)) / np.sqrt(KEYS) < 0.05 * drawn.mean()
+    assert 5 * np.hypot(ours.std(ddof=1), drawn.std(ddof=1)) / np.sqrt(KEYS) < 0.07 * drawn.mean()
 
 
 def test_the_curriculum_is_over_at_its_end():
@@ -222,8 +231,9 @@ def test_the_curriculum_is_over_at_its_end():
     weights = opinionated(net, seed=5)
     loss_fn = objectives.training_loss(settings("duo", **CURRICULUM), net)({})
     want = discrete_bound(net, weights)
-    assert_mean(losses(loss_fn, weights, step=30), want)
-    assert stats.ttest_1samp(losses(loss_fn, weights, step=29), want).pvalue < 1e-8
+    before, over = losses(loss_fn, weights, 29, 30)
+    assert_mean(over, want)
+    assert stats.ttest_1samp(before, want).pvalue < 1e-8
 
 
 @pytest.mark.parametrize(
@@ -262,4 +272,4 @@ def test_distillation_compares_the_two_ends_of_one_trajectory(values, step, dt):
         joint *= pair[:, z[:, l][:, None], z[:, l]]
     want = np.sum(weight[:, None, None] * joint * divergence)
     loss_fn = objectives.training_loss(settings("dcd", **values), net)(teacher)
-    assert_mean(losses(loss_fn, student, step), want)
+    assert_mean(*losses(loss_fn, student, step), want)
