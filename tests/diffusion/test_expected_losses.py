@@ -15,6 +15,7 @@ from scipy import stats
 
 from duo_jax import config as config_lib
 from duo_jax import objectives
+from duo_jax.models.dit import TIME_FEATURES
 from duo_jax.models.network import Network
 
 TEXT = np.array([1, 2])
@@ -33,14 +34,22 @@ def network(algo, **kwargs):
     return dataclasses.replace(base, **kwargs)
 
 
-def opinionated(net, seed, scale=0.3):
-    """Weights made not to be zero, so that what is predicted depends on the tokens and on the noise level."""
+def opinionated(net, seed):
+    """Weights made not to be zero, such that what is predicted depends much on the tokens and on the noise level."""
 
     @jax.jit
     def draw(key, another):
-        leaves, tree = jax.tree.flatten(net.init(key))
+        weights = net.init(key)
+        leaves, tree = jax.tree.flatten(weights)
         keys = jax.random.split(another, len(leaves))
-        return tree.unflatten([x + scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+        near = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        normal = tree.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+        # Of the features of the noise level only its own cosine and sine: most others hardly change.
+        heard = jnp.zeros((TIME_FEATURES, 1)).at[jnp.array([0, TIME_FEATURES // 2])].set(2.0)
+        time_in = {"kernel": heard * normal["time_in"]["kernel"], "bias": normal["time_in"]["bias"]}
+        loud = {name: normal[name] for name in ("embed", "time_out", "modulation_final")}
+        head = jax.tree.map(lambda x: 0.4 * x, normal["head"])
+        return {**tree.unflatten(near), **loud, "time_in": time_in, "head": head}
 
     return draw(jax.random.key(seed), jax.random.key(seed + 1))
 
@@ -177,7 +186,7 @@ def settings(algo, **values):
 
 CURRICULUM = {
     "algo.curriculum.start": 10, "algo.curriculum.end": 30,
-    "algo.curriculum.tau_log10_start": -0.2, "algo.curriculum.tau_log10_end": -1.0,
+    "algo.curriculum.tau_log10_start": 0.4, "algo.curriculum.tau_log10_end": -1.6,
 }  # fmt: skip
 
 
@@ -199,7 +208,7 @@ def test_the_curriculum_reads_the_relaxed_latent(kind):
     net = network("duo")
     weights = opinionated(net, seed=5)
     config = settings("duo", **CURRICULUM, **{"algo.curriculum.kind": kind, "algo.curriculum.k": 2})
-    tau, step, rows = 10 ** -(0.2 + 0.8 * 15 / 20), 25, 64
+    tau, step, rows = 10 ** (0.4 - 2.0 * 4 / 20), 14, 64
     t, weight = times(net.eps_t, 256)
     gamma = -2.0 + 3.0 * t
     a, s = (np.sqrt(1 / (1 + np.exp(sign * gamma)))[:, None, None, None] for sign in (1, -1))
