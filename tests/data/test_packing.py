@@ -102,3 +102,20 @@ def test_any_shard_that_changes_changes_the_hash_of_all():
                 hashes.add(shards.content_hash(splits))
                 splits[split]["shards"][place][key] = entry[key]
     assert len(hashes) == 1 + 2 * 2 * 2
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_documents_in_memory_come_back_without_their_end(ended):
+    documents = [np.array([5, 6, 1]), np.array([1]), np.array([7, 1])]
+    texts = documents if ended else [document[:-1] for document in documents]
+    store = shards.MemoryStore("some", texts, {}, ended=ended)
+    assert [store.document(i).tolist() for i in range(3)] == [[5, 6], [], [7]]
+    assert store.read(0, 10).tolist() == np.concatenate(texts).tolist()
+
+
+@pytest.mark.parametrize("change", [b"", b"xx"])
+def test_a_shard_of_another_size_is_noticed(many_shards, change):
+    path = sorted(many_shards.glob("train-*.tokens"))[-1]
+    path.write_bytes(path.read_bytes() + change if change else path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="are damaged"):
+        shards.read_metadata(many_shards)

@@ -29,6 +29,17 @@ def opinionated(net, seed=0):
     return tree.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
+def attentive(weights):
+    """The same with a block that says more, so that what is predicted depends much on the other tokens."""
+    return {**weights, "block_0": jax.tree.map(lambda x: 3 * x, weights["block_0"])}
+
+
+def predicted(net, weights, row):
+    """The logits `[L, K]` of a network that is told no noise."""
+    z = jnp.asarray([row])
+    return net.logits(weights, net.hidden(weights, net.embed(weights, z), jnp.zeros(1)))[0]
+
+
 def nats(net, weights, first, n_samples, *, filled=0, key=0):
     tokens = np.concatenate([TEXT, np.full(filled, 2)]).astype(np.int32)
     found = likelihood.continuation(
@@ -67,7 +78,7 @@ def test_the_bound_of_uniform_states_equals_the_integral_over_times_and_states(f
 def test_the_bound_of_a_single_masked_token_is_its_cross_entropy(algo):
     # One token is masked or not, no more: the bound of a network that does not read the time is exact.
     net = network(algo)
-    weights = opinionated(net)
+    weights = attentive(opinionated(net, seed=4))  # which would say something else, saw it what fills the row up
     for name in ("time_in", "time_out"):
         weights[name] = jax.tree.map(jnp.zeros_like, weights[name])
     z_t = jnp.asarray([[*TEXT[:3], net.mask_id]])
@@ -79,7 +90,7 @@ def test_the_bound_of_a_single_masked_token_is_its_cross_entropy(algo):
         clean = net.logits(weights, net.hidden(weights, net.embed(weights, jnp.asarray(TEXT[None])), jnp.zeros(1)))
         want -= float(jax.nn.log_softmax(clean)[0, 3, TEXT[3]])
     assert abs(np.mean(got) - want) < 5.4 * np.std(got, ddof=1) / np.sqrt(len(got))
-    assert np.std(got, ddof=1) < 0.08 * want
+    assert np.std(got, ddof=1) < 0.12 * want
 
 
 def test_an_autoregressive_networks_is_exact():
@@ -119,13 +130,15 @@ def test_a_greedy_step_predicts_a_masked_end_from_the_beginning_alone():
     """The end is judged by what the network says where masks stand in its place, whatever fills the row up."""
     net = network("mdlm")
     mask = net.mask_id
-    found = set()
+    found, misled = set(), 0
     for seed in range(4):
-        weights = opinionated(net, seed=seed)
+        weights = attentive(opinionated(net, seed=seed))
         text = TEXT.copy()
-        z = jnp.asarray([[*text[:2], mask, mask]])
-        logits = net.logits(weights, net.hidden(weights, net.embed(weights, z), jnp.zeros(1)))
-        best = np.asarray(logits[0, :, :mask].argmax(-1))
+        best, other = (
+            np.asarray(predicted(net, weights, [*text[:2], mask, mask, *rest])[:4, :mask].argmax(-1))
+            for rest in ([], [0, 1])
+        )
+        misled += (best != other).any()
         for end in itertools.product(range(mask), repeat=2):
             text[2:] = end
             row = np.asarray([*text, 0, 1], np.int32)
@@ -133,6 +146,7 @@ def test_a_greedy_step_predicts_a_masked_end_from_the_beginning_alone():
             assert bool(greedy) == (end == tuple(best[2:])), (seed, end)
             found.add(bool(greedy))
     assert found == {True, False}
+    assert misled, "or what fills the row up could be seen, and none would notice"
 
 
 def test_a_greedy_step_predicts_an_end_from_uniform_noise():
