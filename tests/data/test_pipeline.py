@@ -182,6 +182,16 @@ def test_state_of_other_data(folder, data, tmp_path):
     assert "hash" not in str(told.value)
 
 
+def test_state_of_the_same_documents_in_another_order(folder, texts, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in reversed(texts)), encoding="utf-8")
+    other = prepare.prepare(data_config(tmp_path, path=str(path), tokenizer=str(folder / "tokenizer")), verbose=False)
+    stores = [shards.TokenStore(place, "train") for place in (folder, other)]
+    assert stores[0].tokens == stores[1].tokens
+    with pytest.raises(UserError, match="are others"):
+        train(other).set_state(train(folder).get_state())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

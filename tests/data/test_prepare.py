@@ -42,6 +42,7 @@ def test_what_is_written(folder, data, texts):
         "name": "bpe", "vocab_size": 300, "bos_id": 0, "eos_id": 1, "pad_id": 299, "mask_id": 299,
     }  # fmt: skip
     assert sum(split["documents"] for split in metadata["splits"].values()) == len(texts)
+    assert sum(split["characters"] for split in metadata["splits"].values()) == sum(map(len, texts))
     store = shards.TokenStore(folder, "train")
     assert metadata["dtype"] == "<u2"
     assert store.read(0, store.tokens).dtype == np.uint16
