@@ -143,8 +143,8 @@ def default() -> ConfigDict:
     config.eval.every = 10_000  # 0: only at the end
     config.eval.batch_size = 512
     config.eval.batches = 0  # held-out batches to evaluate; 0: all of them
-    # Draws of times and noise for each batch. A diffusion network's bound is noisy, as reports tell: that of 84,000
-    # tokens, drawn once, by about 0.03 nats, which 16 draws make 0.008. `ar` is exact.
+    # Draws of times and noise for each batch. A diffusion network's bound is noisy: that of 84,000 tokens, drawn once, by
+    # about 0.03 nats, which 16 draws make 0.008. `ar` is exact. Reports tell the noise if there is more than one.
     config.eval.draws = 1
     # Of mode = eval, zero-shot: the whole of a text of any origin (a file or folder) in place of the run's held-out split
     config.eval.path = ""

@@ -293,5 +293,8 @@ def test_more_draws_of_noise_make_a_bound_surer(params):
     once, often = (likelihood.evaluate(params.weights, params.network, batches, draws=draws) for draws in (1, 9))
     assert once.tokens == often.tokens == 40 * 4 * 32
     assert 2.0 < once.stderr / often.stderr < 4.5
+    assert 0.6 < often.noise / often.stderr < 1.6  # equal texts: all of it is noise
     assert abs(once.nll - often.nll) < 5 * once.stderr
-    assert f"± {often.stderr:.4f} nats/token" in run_lib.describe(often, {"uniform": 300.0})
+    assert f"± {often.stderr:.4f} nats/token, {often.noise:.4f} by the noise" in run_lib.describe(
+        often, {"uniform": 300.0}
+    )

@@ -30,12 +30,14 @@ class Likelihood:
     Attributes:
         nll: nats per token.
         tokens: how many were averaged over.
-        stderr: standard error of `nll` by how batches differ, which a bound's noise does more than their texts; NaN for one.
+        stderr: standard error of `nll` by how batches differ, in their texts and in their noise; NaN for one batch.
+        noise: that of the noise alone, by how the draws for each batch differ; NaN for one draw.
     """
 
     nll: float
     tokens: int
     stderr: float = math.nan
+    noise: float = math.nan
 
     @property
     def bpd(self) -> float:
@@ -48,8 +50,9 @@ class Likelihood:
         return math.exp(min(self.nll, 700.0))
 
     def figures(self) -> dict[str, float]:
-        """Returns all of it by name; without a standard error where there is none."""
-        known = {} if math.isnan(self.stderr) else {"stderr": self.stderr}
+        """Returns all of it by name; without the errors that are not known."""
+        errors = {"stderr": self.stderr, "noise": self.noise}
+        known = {name: error for name, error in errors.items() if not math.isnan(error)}
         return {"nll": self.nll, **known, "bpd": self.bpd, "ppl": self.ppl, "tokens": self.tokens}
 
 
@@ -167,16 +170,23 @@ def evaluate(
                 sums[-2] = jax.device_get(sums[-2])
     sums = jax.device_get(sums)
     nats, tokens = (np.array([s[name] for s in sums], np.float64).reshape(-1, draws) for name in ("nll", "tokens"))
-    return _mean(nats.mean(axis=1), tokens[:, 0])
+    return _mean(nats, tokens[:, 0])
 
 
 def _mean(nats: np.ndarray, tokens: np.ndarray) -> Likelihood:
-    """Returns the mean over all tokens from the sums over each batch's, and its error as that of a ratio of means."""
-    nll, n = nats.sum() / tokens.sum(), len(nats)
-    stderr = math.nan
+    """Returns the mean over all tokens from each batch's sums, `[batches, draws]` and `[batches]`, and its errors.
+
+    That of the whole is the error of a ratio of means.
+    """
+    (n, draws), total = nats.shape, tokens.sum()
+    of_batches = nats.mean(axis=1)
+    nll = of_batches.sum() / total
+    stderr = noise = math.nan
     if n > 1:
-        stderr = math.sqrt(n / (n - 1) * np.square(nats - nll * tokens).sum()) / tokens.sum()
-    return Likelihood(float(nll), int(tokens.sum()), float(stderr))
+        stderr = math.sqrt(n / (n - 1) * np.square(of_batches - nll * tokens).sum()) / total
+    if draws > 1:
+        noise = math.sqrt(nats.var(axis=1, ddof=1).sum() / draws) / total
+    return Likelihood(float(nll), int(total), float(stderr), float(noise))
 
 
 def unigram(counts: np.ndarray, batches: Iterable[dict[str, np.ndarray]], given: int = 0) -> Likelihood:

@@ -397,9 +397,14 @@ class Run:
 
 
 def describe(result: likelihood.Likelihood, levels: Mapping[str, float]) -> str:
-    """Returns a line such as `PPL 60.1 ± 0.6 (NLL 4.096 ± 0.010 nats/token, BPD 5.909; unigram 213.0, uniform 512.0)`."""
+    """Returns a line such as `PPL 60.12 ± 0.60 (NLL 4.0963 ± 0.0100 nats/token, BPD 5.9097; unigram 213.0, uniform 512.0)`.
+
+    Where the noise is known, it stands behind NLL: `± 0.0100 nats/token, 0.0030 by the noise`.
+    """
+    known = not math.isnan(result.stderr)
     ppl, nll = (
-        ("", "") if math.isnan(result.stderr) else (f" ± {result.ppl * result.stderr:.2f}", f" ± {result.stderr:.4f}")
+        f" ± {error}" if known else "" for error in (f"{result.ppl * result.stderr:.2f}", f"{result.stderr:.4f}")
     )
+    noise = "" if math.isnan(result.noise) else f", {result.noise:.4f} by the noise"
     beside = ", ".join(f"{name} {level:,.1f}" for name, level in levels.items())
-    return f"PPL {result.ppl:.2f}{ppl} (NLL {result.nll:.4f}{nll} nats/token, BPD {result.bpd:.4f}; {beside})"
+    return f"PPL {result.ppl:.2f}{ppl} (NLL {result.nll:.4f}{nll} nats/token{noise}, BPD {result.bpd:.4f}; {beside})"

@@ -121,6 +121,18 @@ def test_few_steps_of_an_exact_teacher_get_better_and_many_get_worse():
     assert divergence(after, 32) > 2 * divergence(before, 32)
 
 
+def test_the_student_leans_on_a_places_own_token_which_the_teacher_ignores():
+    """A text is as its tokens are, so z_t says of z_s around it what it should: a wrong token looks likelier than it is."""
+
+    def own(network, t):  # averaged over what the token and its neighbours are; 1/K if it tells nothing
+        return np.take_along_axis(network[t], TEXTS[..., None], -1).mean() * K
+
+    before, after = exact_teacher(), distilled(exact_teacher())
+    for t in (8, 16, 24):
+        assert own(before, t) == pytest.approx(1.0, rel=1e-12)
+        assert own(after, t) > 1.1
+
+
 def test_a_floor_under_the_teachers_predictions_grows():
     """Tokens that a teacher thinks a little of everywhere gain on those that it is sure of here and there."""
     before = exact_teacher(floor=0.1)

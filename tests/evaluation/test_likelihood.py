@@ -22,13 +22,26 @@ def test_the_standard_error_is_that_of_leaving_batches_out():
     rng = np.random.default_rng(0)
     tokens = rng.integers(50, 200, 60).astype(float)
     nats = tokens * rng.normal(4.0, 0.5, 60)
-    got = likelihood._mean(nats, tokens)
+    got = likelihood._mean(nats[:, None], tokens)
     without = (nats.sum() - nats) / (tokens.sum() - tokens)
     jackknife = np.sqrt(59 / 60 * np.square(without - without.mean()).sum())
     assert got.nll == pytest.approx(nats.sum() / tokens.sum())
     assert got.stderr == pytest.approx(jackknife, rel=0.02)
     assert got.figures()["stderr"] == got.stderr
-    assert "stderr" not in likelihood._mean(nats[:1], tokens[:1]).figures()
+    assert "stderr" not in likelihood._mean(nats[:1, None], tokens[:1]).figures()
+
+
+def test_the_noise_is_how_much_other_draws_would_change_the_mean():
+    """Against 4,000 means that are drawn anew; an estimate of 420 degrees of freedom is off by 3.5%, here by four times that."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(50, 200, 60).astype(float)
+    text, spread = rng.normal(4.0, 2.0, (60, 1)), rng.uniform(0.1, 1.0, (60, 1))
+    drawn = (text + spread * rng.normal(size=(60, 4000 * 8))) * tokens[:, None]
+    means = drawn.reshape(60, 4000, 8).mean(axis=2).sum(axis=0) / tokens.sum()
+    got = likelihood._mean(drawn[:, :8], tokens)
+    assert got.noise == pytest.approx(means.std(), rel=0.14)
+    assert got.stderr > 5 * got.noise
+    assert "noise" not in likelihood._mean(drawn[:, :1], tokens).figures()
 
 
 def test_unigram_is_the_cross_entropy_of_the_counts():
