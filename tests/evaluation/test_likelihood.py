@@ -32,7 +32,7 @@ def test_the_standard_error_is_that_of_leaving_batches_out():
 
 
 def test_the_noise_is_how_much_other_draws_would_change_the_mean():
-    """Against 4,000 means that are drawn anew; an estimate of 420 degrees of freedom is off by 3.5%, here by four times that."""
+    """Against 4,000 means that are drawn anew; an estimate of 420 degrees of freedom is off by 3.5%; four times that."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(50, 200, 60).astype(float)
     text, spread = rng.normal(4.0, 2.0, (60, 1)), rng.uniform(0.1, 1.0, (60, 1))
