@@ -4,7 +4,8 @@
     python -m duo_jax.main --config=configs/few_step.py --workdir=runs/few_step/base
 
 Hardware: two CPU cores, about an hour. Score to expect: held-out PPL 107 (NLL 4.674 nats/token with
---config.mode=eval --config.eval.draws=16; one draw may say 104 to 110), against 609.6 for token frequencies alone. Its texts: docs/few_step.md.
+--config.mode=eval --config.eval.draws=16; one draw may say 104 to 110), against 609.6 for token frequencies alone. Its
+texts: docs/few_step.md.
 """
 
 from ml_collections import ConfigDict
