@@ -74,7 +74,7 @@ def test_an_untrained_networks_loss_is_the_uniform_one():
             jnp.full((200, 2, 10), -np.log(10.0)), jnp.array([[0, 1]] * 200), jnp.zeros((200, 2), int), alpha, dalpha
         )
         right = alpha[:, 0] + (1 - alpha[:, 0]) / 10
-        expected = np.sum(0.5 * shares * weight * (right * f[:, 0] + (1 - right) * f[:, 1]))
+        expected = float(np.sum(0.5 * shares * weight * (right * f[:, 0] + (1 - right) * f[:, 1])))
     np.testing.assert_allclose(expected, np.log(10), rtol=6e-3)
     assert abs(losses.mean() - expected) < 5 * losses.std() / 24**0.5
 
