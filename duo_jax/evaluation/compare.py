@@ -24,6 +24,8 @@ from duo_jax.training.writers import read_jsonl
 # What decides which tokens are held out and how they are cut into rows.
 _ROWS = ("model.length", "eval.batch_size", "eval.batches")
 _HOW_READ = ("data.workers", "data.dir")
+# What an evaluation leaves in the metrics, as far as it is read here.
+_FIGURES = {"step", "heldout/nll", "heldout/tokens", "heldout/unigram_ppl", "heldout/uniform_ppl"}
 
 
 class Curve(NamedTuple):
@@ -68,8 +70,8 @@ def read(name: str, folder: Path) -> Curve:
         settings = config_lib.flatten(config_lib.default()) | settings  # what its version did not know had its default
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--runs: {folder} is no folder of a run, with {workdir_lib.CONFIG}: {error}.") from error
-    rows = read_jsonl(folder / workdir_lib.METRICS)
-    heldout = {row["step"]: row for row in rows if "heldout/nll" in row}
+    rows = [row for row in read_jsonl(folder / workdir_lib.METRICS) if isinstance(row, dict)]
+    heldout = {row["step"]: row for row in rows if row.keys() >= _FIGURES}
     if not heldout:
         raise UserError(f"--runs: {folder} has no evaluation yet; train on, or give mode=train a config.eval.every.")
     rates = [row["train/tokens_per_s"] for row in rows if "train/tokens_per_s" in row]
