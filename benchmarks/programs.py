@@ -166,6 +166,11 @@ class Sampling:
     lowered: jax.stages.Lowered
 
     @property
+    def whole(self) -> NamedSharding:
+        """What every device holds whole, as it does the weights."""
+        return NamedSharding(self.rows.mesh, PartitionSpec())
+
+    @property
     def devices(self) -> int:
         """How many devices share the texts."""
         return self.rows.mesh.size
@@ -222,14 +227,14 @@ def nothing_given(config: ConfigDict, plan: Sampling) -> engine.Given:
     return jax.device_put(given, plan.rows)
 
 
-def random_weights(plan: Sampling) -> Any:
+def random_weights(network: Network, sharding: NamedSharding | None = None) -> Any:
     """Returns weights on the devices that predict something: fresh ones have a head of zeros, and all tokens tie."""
 
     def make(key: jax.Array) -> Any:
-        weights = plan.network.init(key)
+        weights = network.init(key)
         leaves, tree = jax.tree.flatten(weights)
         keys = jax.random.split(key, len(leaves))
         noisy = [x + 0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(tree, noisy)
 
-    return jax.jit(make, out_shardings=NamedSharding(plan.rows.mesh, PartitionSpec()))(key())
+    return jax.jit(make, out_shardings=sharding)(key())

@@ -79,7 +79,10 @@ def save(folder: Path | None, name: str, report: Mapping[str, Any], text: str) -
 
 
 def main(
-    name: str, measure: Callable[[ConfigDict, Any], dict[str, Any]], text: Callable[[dict[str, Any]], str]
+    name: str,
+    measure: Callable[[ConfigDict, Any], dict[str, Any]],
+    text: Callable[[dict[str, Any]], str],
+    check: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> None:
     """Runs `python -m benchmarks.NAME`: measures as the flags say, prints the report, and keeps it where `--out` says.
 
@@ -87,6 +90,7 @@ def main(
         name: the measurement's; its own flags are defined already.
         measure: returns the report; takes the config, and an object whose attributes are the values of all flags.
         text: returns the report to read.
+        check: raises UserError, once all is printed and kept, where what was found is not as it must be.
     """
     flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
     flags.DEFINE_string("out", None, f"A folder for {name}.json and {name}.md.")
@@ -97,5 +101,6 @@ def main(
         told = text(found)
         print(f"\n{told}\n")
         save(folder, name, found, told)
+        check(found)
 
     cli.run(call)

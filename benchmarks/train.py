@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import flops, measure, programs, report, sweeps
-from duo_jax import cli, objectives
+from duo_jax import cli, gaussian
 from duo_jax.errors import UserError
 
 COLUMNS = {
@@ -67,7 +67,7 @@ def measure_case(config: ConfigDict, case: programs.Case, vocab_size: int, steps
         if not measure.out_of_memory(error):
             raise
         return row | {"error": "out of memory"}
-    dense = case.phase == "full" and objectives.Gaussian.from_config(config, vocab_size).entries(vocab_size) is None
+    dense = case.phase == "full" and gaussian.Gaussian.from_config(config, vocab_size).entries(vocab_size) is None
     work = config.train.batch_size * flops.train_row(network, network.length, relaxed=dense)
     tokens = config.train.batch_size * network.length
     speed = measure.speed_columns(taken, tokens, work, (before, after), plan.mesh.size)

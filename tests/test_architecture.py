@@ -19,6 +19,7 @@ ROOMS = (
     ("convert",),
     ("data",),
     ("sampling",),
+    ("gaussian",),
     ("objectives",),
     ("evaluation",),
     ("training",),

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 from duo_jax import config as config_lib
-from duo_jax import objectives
+from duo_jax import gaussian, objectives
 from duo_jax.data import tokenizers
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network, count
@@ -110,12 +110,12 @@ def test_impossible_networks_are_refused(settings, message):
 def test_the_papers_range_of_gamma_fits_every_vocabulary(name, low, high):
     config = get_config(ROOT / "configs" / f"{name}.py")
     k = tokenizers.vocab_size(config.data.tokenizer, config.data.bpe_size)
-    paper = objectives.Gaussian.from_config(config, k)
+    paper = gaussian.Gaussian.from_config(config, k)
     assert (paper.gamma_min, paper.gamma_max) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
     # With another tokenizer the range moves, and the levels of noise that are learnt from stay.
-    other = objectives.Gaussian.from_config(config, 512)
+    other = gaussian.Gaussian.from_config(config, 512)
     for t in (0.0, 1.0):
-        now, then = (float(gaussian.alpha(jnp.array(t), size)[0]) for gaussian, size in ((other, 512), (paper, k)))
+        now, then = (float(side.alpha(jnp.array(t), size)[0]) for side, size in ((other, 512), (paper, k)))
         assert now == pytest.approx(then, rel=1e-3)
     assert other.gamma_min > low + 0.3
 

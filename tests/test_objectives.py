@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from duo_jax import config as config_lib
-from duo_jax import convert, objectives, sampling
+from duo_jax import convert, gaussian, objectives, sampling
 from duo_jax.diffusion import absorbing, duality, schedules, uniform
 from duo_jax.diffusion.arrays import per_token
 from duo_jax.models import head
@@ -120,7 +120,7 @@ def test_visiting_the_vocabulary_in_chunks_changes_no_number(algo):
     config.algo.name, config.algo.curriculum.kind = algo, "topk" if kind in ("", "topk") else "full"
     # So cold a softmax is read by its largest entries; the other one whole.
     config.algo.curriculum.tau_log10_start = config.algo.curriculum.tau_log10_end = -7.0 if kind == "cold" else -1.0
-    read = objectives.Gaussian.from_config(config, VOCAB).entries(VOCAB)
+    read = gaussian.Gaussian.from_config(config, VOCAB).entries(VOCAB)
     assert {"full": read is None, "cold": read == 5}.get(kind, True)
     keys = jax.random.split(jax.random.key(5), 4)
     batch = {
