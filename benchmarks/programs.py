@@ -227,7 +227,7 @@ def nothing_given(config: ConfigDict, plan: Sampling) -> engine.Given:
     return jax.device_put(given, plan.rows)
 
 
-def random_weights(network: Network, sharding: NamedSharding | None = None) -> Any:
+def random_weights(network: Network, sharding: NamedSharding | None = None, *, seed: int = 0) -> Any:
     """Returns weights on the devices that predict something: fresh ones have a head of zeros, and all tokens tie."""
 
     def make(key: jax.Array) -> Any:
@@ -237,4 +237,4 @@ def random_weights(network: Network, sharding: NamedSharding | None = None) -> A
         noisy = [x + 0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(tree, noisy)
 
-    return jax.jit(make, out_shardings=sharding)(key())
+    return jax.jit(make, out_shardings=sharding)(jax.random.key(seed))
