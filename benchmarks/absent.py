@@ -103,8 +103,8 @@ def find(name: str) -> Gpu:
 
 
 @contextlib.contextmanager
-def compiling_for(name: str) -> Iterator[list[jax.Device]]:
-    """Gives one absent GPU, which programs are made for as long as the block runs; in a process that has made none yet.
+def compiling_for(name: str, count: int = 1) -> Iterator[list[jax.Device]]:
+    """Gives absent GPUs of one host, which programs are made for as long as the block runs; in a process that has made none.
 
     Raises:
         UserError: there is none of that name, or the compiler for CUDA is not installed.
@@ -112,7 +112,9 @@ def compiling_for(name: str) -> Iterator[list[jax.Device]]:
     gpu = find(name)
     jax.config.update("jax_platforms", "cpu")  # a GPU that is here has no part in this
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=gpu.description(), topology="1x1x1")
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=gpu.description(), topology=f"1x1x{count}"
+        )
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"--device={name} needs the compiler for CUDA, though no GPU: pip install -e .[cuda]. JAX says: "

@@ -3,9 +3,10 @@
     python -m benchmarks.memory --config=configs/owt.py --gib=15
     python -m benchmarks.memory --config=configs/tiny.py --gib=15 --programs=train --cases=duo:full,duo:topk --out=runs/bench
     python -m benchmarks.memory --config=configs/tiny.py --gib=11 --device=t4
+    python -m benchmarks.memory --config=configs/owt.py --gib=59 --device=h100 --devices=8 --config.mesh.fsdp=8
 
 The answer is the compiler's memory analysis (arguments + results - what is reused + temporaries + code, of one device) for
-what it compiles for: the default platform, `--platform`, or one GPU that need not be here, `--device`. A CPU's analysis only
+what it compiles for: the default platform, `--platform`, or GPUs that need not be here, `--device`. A CPU's analysis only
 stands in for a GPU's, whose compiler fuses and keeps other things. What is not a program's own is not counted: the runtime
 takes some hundred MiB, and on a GPU JAX leaves a quarter of the memory to others unless XLA_PYTHON_CLIENT_MEM_FRACTION says
 otherwise. For an absent GPU the compiler cannot try which of several ways is the fastest, and takes its usual one.
@@ -120,9 +121,10 @@ def search(
     refine: int,
     platform: str | None,
     device: str | None,
+    count: int = 1,
 ) -> dict[str, Any]:
     """Returns the rows of all that was compiled, by batch, and the answer; of a process that does nothing else."""
-    with target(platform, device) as devices:
+    with target(platform, device, count) as devices:
         rows: dict[int, dict[str, Any]] = {}
         at = lower(config, vocab_size, case, devices)
         name = "sample" if case is None else f"train {case}"
@@ -151,14 +153,14 @@ def search(
 
 
 @contextlib.contextmanager
-def target(platform: str | None, device: str | None) -> Iterator[Sequence[jax.Device]]:
-    """Gives the devices to compile for: an absent GPU, a platform's, or JAX's default ones.
+def target(platform: str | None, device: str | None, count: int = 1) -> Iterator[Sequence[jax.Device]]:
+    """Gives the devices to compile for: so many absent GPUs, a platform's, or JAX's default ones.
 
     Raises:
         UserError: the platform has no device here; see also `absent.compiling_for`.
     """
     if device is not None:
-        with absent.compiling_for(device) as devices:
+        with absent.compiling_for(device, count) as devices:
             yield devices
         return
     if platform is not None:
@@ -184,9 +186,13 @@ def run(config: ConfigDict, options: Any) -> dict[str, Any]:
         )
     if options.device:
         absent.find(options.device)
+    if options.devices < 1 or (options.devices > 1 and not options.device):
+        raise UserError(
+            f"--devices is {options.devices}; it is how many GPUs there are of the kind that --device names, at least 1."
+        )
     todo = programs.chosen(config, options.programs, options.cases)
     size = programs.vocabulary(config, options.vocab_size)
-    how = options.gib, options.most, options.refine, options.platform, options.device
+    how = options.gib, options.most, options.refine, options.platform, options.device, options.devices
     parts = [measure.in_fresh_process(search, config, size, case, *how) for case in todo]
     return {
         "environment": parts[0]["environment"],
@@ -228,4 +234,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("refine", 2, "How often the interval of the answer is halved after a doubling went too far.")
     flags.DEFINE_string("platform", None, "What to compile for: cpu, cuda, tpu; JAX's default if not given.")
     flags.DEFINE_string("device", None, f"Instead a GPU that need not be here: {', '.join(absent.GPUS)}.")
+    flags.DEFINE_integer("devices", 1, "How many of these, in one host.")
     report.main("memory", run, text)

@@ -97,18 +97,26 @@ class Objective:
         self, params: Weights, key: jax.Array, inputs: jax.Array, sigma: jax.Array | None, batch: Batch
     ) -> jax.Array:
         """Returns what the head reads, `[B, L, D]`, of token ids `[B, L]` or an embedded `[B, L, D]` (float)."""
-        x = inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else self.network.embed(params, inputs)
-        return self.network.hidden(params, self.by_rows(x), sigma, self.dropout(key), batch.get("lengths"))
+        x = inputs if jnp.issubdtype(inputs.dtype, jnp.floating) else self.embed(params, inputs)
+        return self.network.hidden(params, x, sigma, self.dropout(key), batch.get("lengths"), self.by_rows)
 
     def by_rows(self, x: jax.Array) -> jax.Array:
         """Returns `x [B, ...]`, its rows split over the devices as the batch's are.
 
-        Where weights are split and blocks are a loop, the compiler, left to itself, may split heads in place of rows: it
-        then sends the whole batch around, and cuDNN's attention refuses queries that are split otherwise than their keys.
+        Where weights are split, the compiler, left to itself, may split heads in place of rows, above all in loops and in
+        what is computed anew: it then sends the whole batch around, and cuDNN's attention refuses queries that are split
+        otherwise than their keys.
         """
         if self.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)))
+
+    def embed(self, params: Weights, ids: jax.Array) -> jax.Array:
+        """Returns the embedded ids, `[B, L, D]` of `[B, L]`: each device looks its own rows up in all of the table.
+
+        Where the table is split, the compiler would look all rows up in each part of it, and send those around.
+        """
+        return head.on_rows(self.network.embed, self.mesh, whole=1, rows=1)({"embed": params["embed"]}, ids)
 
     def mixed(self, params: Weights, mix: jax.Array, ids: jax.Array) -> jax.Array:
         """Returns the embedded mixture `[B, L, D]` of the rows `ids` with the weights `mix`, `[B, L, k]` both."""
@@ -249,7 +257,7 @@ def duo(this: Objective) -> LossFn:
         def discrete() -> tuple[jax.Array, ...]:
             alpha_t, dalpha_t = this.schedule.alpha(t), this.schedule.dalpha(t)
             z_t = uniform.q_sample(key_z, x, alpha_t, net.vocab_size)
-            return _as_32(net.embed(params, z_t), z_t, alpha_t, dalpha_t)
+            return _as_32(this.embed(params, z_t), z_t, alpha_t, dalpha_t)
 
         inputs, z_t, *alphas = jax.lax.cond(step < chosen.end, curriculum, discrete)
         return this.uniform_nelbo(params, key_dropout, inputs, z_t, tuple(alphas), batch)
@@ -278,7 +286,7 @@ def dcd(this: Objective, teacher: Weights) -> LossFn:
 
         def hidden(weights: Weights, z: jax.Array, t: jax.Array, dropout: jax.Array | None) -> jax.Array:
             sigma = schedules.sigma(gaussian.alpha(t, net.vocab_size)[0])
-            return net.hidden(weights, this.by_rows(net.embed(weights, z)), sigma, dropout)
+            return net.hidden(weights, this.embed(weights, z), sigma, dropout, by_rows=this.by_rows)
 
         def compare(student: jax.Array, theirs: jax.Array, reader: head.Head) -> jax.Array:
             return divergence(student, head.readable_logits(theirs, reader))

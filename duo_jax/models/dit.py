@@ -42,6 +42,10 @@ def time_features(sigma: jax.Array, size: int = TIME_FEATURES, max_period: float
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
+
+
 def by_token(x: jax.Array) -> jax.Array:
     """Returns `x [B, L, D]` as `[B L, D]`: on a CPU a kernel's gradient summed over two axes takes twice as long."""
     return x.reshape(-1, x.shape[-1])
@@ -106,6 +110,7 @@ class Block(nn.Module):
     adaln: bool
     dtype: jnp.dtype
     attention: str
+    by_rows: Callable[[jax.Array], jax.Array] = _as_it_is
 
     def setup(self) -> None:
         """Makes the parts."""
@@ -131,9 +136,10 @@ class Block(nn.Module):
         """Maps the residual stream `x [B, L, D]` to the next one."""
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            q, k, v = map(self.by_rows, (q, k, v))
             return attention.attend(q, k, v, causal=self.causal, requested=self.attention, lengths=lengths)
 
-        return self._update(x, cond, cos, sin, train, attend)
+        return self._update(self.by_rows(x), cond, cos, sin, train, attend)
 
     def next(self, x: jax.Array, cache: Cache, position: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple:
         """Maps `x [B, 1, D]` at a position, given its past, and returns it with the cache grown by its keys and values."""
@@ -209,6 +215,7 @@ class DiT(nn.Module):
         remat: what the backward pass computes anew: `none`, `dots` (all but the products of matrices), `blocks` (all but
             what goes from block to block).
         scan: whether the blocks are one scanned loop, which compiles in the time of one block, or unrolled.
+        by_rows: splits the rows of `[B, ...]` over devices: applied to what each block and its attention read.
     """
 
     vocab_size: int
@@ -223,6 +230,7 @@ class DiT(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     scan: bool = False
+    by_rows: Callable[[jax.Array], jax.Array] = _as_it_is
 
     def setup(self) -> None:
         """Makes the parts."""
@@ -240,6 +248,7 @@ class DiT(nn.Module):
                 self.adaln,
                 self.dtype,
                 self.attention,
+                self.by_rows,
                 name=f"block_{i}",
             )
             for i in range(self.blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -178,13 +179,16 @@ class Network:
         sigma: jax.Array | None,
         dropout_key: jax.Array | None = None,
         lengths: jax.Array | None = None,
+        by_rows: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
-        """Returns `DiT.hidden` of the embedded `x [B, L, D]`; a `dropout_key` makes dropout act, as in training."""
+        """Returns `DiT.hidden` of the embedded `x [B, L, D]`.
+
+        A `dropout_key` makes dropout act, as in training; `by_rows` keeps the rows of `[B, ...]` split over devices.
+        """
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
-        return self.module.apply(
-            {"params": weights}, x, sigma, train=train, lengths=lengths, rngs=rngs, method="hidden"
-        )
+        module = self.module if by_rows is None else self.module.clone(by_rows=by_rows)
+        return module.apply({"params": weights}, x, sigma, train=train, lengths=lengths, rngs=rngs, method="hidden")
 
     def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:
         """Returns logits `[..., K]` float32 of `hidden [..., D]`."""

@@ -52,3 +52,15 @@ def test_its_compiler_answers(name, dtype, tmp_path):
     assert found["environment"]["device"] == absent.GPUS[name].name
     assert {row["dtype"] for row in found["rows"]} == {dtype}
     assert "stands in" not in result.stdout
+
+
+@pytest.mark.skipif(not COMPILER, reason="needs the compiler for CUDA: pip install -e .[cuda]")
+def test_two_gpus_split_the_weights_of_a_causal_network(tmp_path):
+    """Left to itself the compiler splits heads in place of rows there, which cuDNN's attention refuses."""
+    split = ["--devices=2", "--config.mesh.fsdp=2", "--config.model.scan=True", "--config.model.remat=blocks"]
+    wide = ["--config.model.dim=256", "--config.model.heads=4", "--config.model.blocks=2", "--cases=ar", "--most=2"]
+    result = run([*MEMORY, "--device=h100", *split, *wide, f"--out={tmp_path}"])
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["environment"]["devices"] == 2
+    assert [row["batch"] for row in found["rows"]] == [2]

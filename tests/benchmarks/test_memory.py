@@ -97,11 +97,13 @@ def test_sampling_more_texts_takes_more_memory():
         ({"cases": ["mdlm:full"]}, "there is no case 'mdlm:full'"),
         ({"platform": "cpu", "device": "t4"}, "give one of them"),
         ({"device": "t5"}, "choose from t4, v100, a100, h100"),
+        ({"devices": 2}, "--devices is 2"),
+        ({"device": "t4", "devices": 0}, "--devices is 0"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_compiled(change, expected):
     usual = {"gib": 1, "vocab_size": 64, "programs": ["train"], "cases": [], "most": 8, "refine": 0, "platform": None,
-             "device": None}  # fmt: skip
+             "device": None, "devices": 1}  # fmt: skip
     with pytest.raises(UserError, match=expected):
         memory.run(config_lib.default(), SimpleNamespace(**usual | change))
 
