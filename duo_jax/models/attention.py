@@ -115,7 +115,7 @@ def attend(
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     shared = q.shape[2] // k.shape[2]
     keys_values = (_by_head(jnp.repeat(x, shared, axis=2) if shared > 1 else x) for x in (k, v))
-    return _by_token(_attention(_by_head(q), *keys_values, causal), q.shape[0])
+    return _by_token(_attention(_by_head(q), *keys_values, causal), q.shape[2])
 
 
 def attend_to_past(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
@@ -139,9 +139,9 @@ def _by_head(x: jax.Array) -> jax.Array:
     return _as_it_is(jnp.moveaxis(x, 2, 1).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3]))
 
 
-def _by_token(x: jax.Array, batch: int) -> jax.Array:
+def _by_token(x: jax.Array, heads: int) -> jax.Array:
     """Undoes `_by_head`."""
-    return jnp.moveaxis(x.reshape(batch, len(x) // max(batch, 1), *x.shape[1:]), 1, 2)
+    return jnp.moveaxis(x.reshape(len(x) // heads, heads, *x.shape[1:]), 1, 2)
 
 
 def _product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -78,6 +78,31 @@ def test_half_precision_is_as_near_the_formula_as_its_products_allow(dtype, caus
         np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=4 * eps * np.abs(want).max())
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_of_some_tokens_is_as_near(dtype):
+    q, k, v, _ = draws(dtype=dtype)
+    wanted = by_formula(q, k, v, True)
+    filled = jax.jit(functools.partial(attend, causal=True))(q, k, v, lengths=jnp.array([24, 24]))
+    last = jax.jit(attention.attend_to_past)(q[:, 23:], k, v, jnp.int32(23))
+    assert filled.dtype == last.dtype == dtype
+    close = functools.partial(np.testing.assert_allclose, atol=2 * float(jnp.finfo(dtype).eps) * np.abs(v).max())
+    close(np.asarray(filled, np.float64), wanted)
+    close(np.asarray(last, np.float64), wanted[:, 23:])
+
+
+def test_float16_is_multiplied_as_float32_on_a_cpu_alone():
+    with hardware.compiling_for(Hardware("gpu", 7.5)):
+        assert attention._operand_type(jnp.float16) == jnp.float16
+    with hardware.compiling_for(Hardware("cpu")):
+        assert attention._operand_type(jnp.float16) == jnp.float32
+        assert attention._operand_type(jnp.bfloat16) == jnp.bfloat16
+
+
+def test_no_rows_are_attended_to_as_some_are():
+    nothing = (x[:0] for x in draws()[:3])
+    assert attend(*nothing, causal=False).shape == (0, 24, 4, 8)
+
+
 def test_large_scores_neither_overflow_nor_vanish():
     q, k, v, g = draws(scale=60.0)
     out, pull = jax.vjp(functools.partial(attend, causal=True), q, k, v)
@@ -100,6 +125,33 @@ def test_a_query_attends_to_its_past_as_in_the_whole_text():
     for position in (0, 7, 23):
         alone = attention.attend_to_past(q[:, position : position + 1], k, v, jnp.int32(position))
         np.testing.assert_allclose(alone[:, 0], whole[:, position], rtol=2e-5, atol=1e-6)
+
+
+@pytest.fixture(params=["xla", "cudnn"])
+def name(request, monkeypatch):
+    """Who computes attention; for cuDNN, which is not here, XLA answers what it is asked."""
+    plain = jax.nn.dot_product_attention
+
+    def answer(*args, implementation, **kwargs):
+        assert implementation == request.param
+        return plain(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(attention, "backend", lambda *_, **__: request.param)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    return request.param
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_whoever_computes_it_follows_the_formula_up_to_each_rows_end(kv_heads, causal, name):
+    q, k, v, _ = draws(kv_heads=kv_heads)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5)
+    close(attend(q, k, v, causal=causal), by_formula(q, k, v, causal))
+    ends = 24, 9
+    found = attend(q, k, v, causal=causal, lengths=jnp.array(ends))
+    for row, end in enumerate(ends):
+        cut = (x[row : row + 1, :end] for x in (q, k, v))
+        close(found[row : row + 1, :end], by_formula(*cut, causal))
 
 
 def test_another_name_is_refused():
