@@ -273,7 +273,7 @@ class _Pass:
         self, products: jax.Array, bias: jax.Array, weight: jax.Array, per_token: tuple, constants: tuple
     ) -> jax.Array:
         out = self.fn(of_products(products, bias), *per_token, *constants)
-        return jnp.sum(jnp.where(weight > 0, weight * out, 0.0))
+        return jnp.sum(jnp.where(weight != 0, weight * out, 0.0))
 
     def value(self, head: Head, hidden: jax.Array, rest: tuple) -> jax.Array:
         """The sum alone."""

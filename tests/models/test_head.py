@@ -69,10 +69,13 @@ def test_the_chunked_head_holds_no_batch_of_logits():
 
 
 def test_chunk_length_covers_and_fits():
-    for batch, length, vocab, mib in [(32, 1024, 50_258, 256), (8, 127, 512, 1), (1, 1, 2, 1), (512, 1024, 50_258, 1)]:
+    sizes = [(32, 1024, 50_258, 256), (8, 127, 512, 1), (2, 100, 512, 1), (1, 1, 2, 1), (512, 1024, 50_258, 1)]
+    for batch, length, vocab, mib in sizes:
         chunk = head.chunk_length(batch, length, vocab, mib)
         assert 1 <= chunk <= length
+        assert -length % chunk < -(-length // chunk), "a shorter chunk would do as often"
         assert chunk == 1 or batch * chunk * vocab * 16 <= mib * 2**20
+    assert head.tokens_at_once(50_258, 0) == 1
 
 
 def dense(logits, x, slope):
@@ -90,12 +93,13 @@ def arguments():
 @pytest.mark.parametrize("chunk", [1, 5, 7, 12, 20])
 def test_the_weighted_sum_and_its_gradient_equal_the_dense_ones(chunk):
     weights, hidden, mask, x, slope = arguments()
+    weight = mask * jnp.linspace(-1.0, 2.0, mask.size).reshape(mask.shape)
 
     def chunked(weights, hidden):
-        return 3 * head.weighted_sum(dense, weights, hidden, mask, (x, slope), chunk=chunk, dtype=jnp.float32)
+        return 3 * head.weighted_sum(dense, weights, hidden, weight, (x, slope), chunk=chunk, dtype=jnp.float32)
 
     def whole(weights, hidden):
-        return 3 * (mask * dense(hidden @ weights["kernel"] + weights["bias"], x, slope)).sum()
+        return 3 * (weight * dense(hidden @ weights["kernel"] + weights["bias"], x, slope)).sum()
 
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(weights, hidden) for f in (chunked, whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, want)
@@ -144,6 +148,24 @@ def test_the_backward_products_are_in_the_compute_type():
     assert types == [[jnp.bfloat16] * 2] * 3  # one product forward and two back: each chunk is visited once
 
 
+def test_a_gradient_beyond_float16_is_its_largest_number():
+    cotangent = jnp.asarray([[[1e6, -1e6, 3.0]]])
+    gradients = head.products_gradient(jnp.ones((1, 1, 2)), jnp.ones((2, 3), jnp.float16), cotangent)
+    within = np.array([65504.0, -65504.0, 3.0])
+    for found, wanted in zip(gradients, ([[[3.0, 3.0]]], [within, within], within), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("as_on", ["cpu", "accelerator"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rows_are_summed_in_float32(dtype, as_on, monkeypatch):
+    if as_on == "accelerator":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    found = head.sum_of_rows(jnp.ones((17, 241, 3), dtype))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, [4097] * 3)  # which half precision rounds to 4096
+
+
 def equations(jaxpr):
     """Every equation of a program, those of its loops included."""
     for eqn in jaxpr.eqns:
@@ -172,6 +194,8 @@ def test_a_half_precision_head_is_read_in_whole_tiles_and_says_the_same(dtype):
     reader = head.readable(params, dtype)
     assert reader["kernel"].shape == (16, 128)
     assert head.readable(params, jnp.dtype("float32"))["kernel"].shape == (16, 37)
+    whole = {"kernel": jnp.zeros((16, 256)), "bias": jnp.zeros(256)}
+    assert head.readable(whole, dtype)["kernel"].shape == (16, 256)
     got, want = head.readable_logits(hidden, reader), head.logits(hidden, params, dtype)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
