@@ -96,21 +96,35 @@ def test_values_and_gradients_are_those_of_the_plain_formula(name, as_on, float6
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_summed_over_tokens_in_float32(dtype):
-    """4,096 gradients of 1: bfloat16 would stop at 256 and float16 at 2,048, one by one, and lose digits in any order."""
-    ones, zero = jnp.ones((4, 1024, 2), dtype), jnp.zeros(2)
-    gate = jnp.ones((4, 1, 2), dtype)
+    """4,101 gradients of 1: bfloat16 would stop at 256 and float16 at 2,048, one by one, and lose digits in any order."""
+    ones, zero = jnp.ones((3, 1367, 2), dtype), jnp.zeros(2)
+    gate = jnp.ones((3, 1, 2), dtype)
     _, pull = jax.vjp(lambda b, g: layers.gated_sum(jnp.zeros(ones.shape), ones, b, g, None, 1.0), zero, gate)
     d_bias, d_gate = pull(ones.astype(jnp.float32))
-    np.testing.assert_array_equal(d_bias, 4096)
-    np.testing.assert_array_equal(d_gate, jnp.full(gate.shape, 1024, dtype))
-    x = jnp.zeros((4096, 2), dtype)
+    np.testing.assert_array_equal(d_bias, 4101)
+    np.testing.assert_array_equal(d_gate, jnp.full(gate.shape, 1367, dtype))
+    x = jnp.zeros((4098, 2), dtype)
     _, pull = jax.vjp(lambda b: layers.gelu(x, b), zero)
-    np.testing.assert_array_equal(pull(jnp.ones_like(x))[0], 2048)  # the slope at 0 is 1/2
+    np.testing.assert_array_equal(pull(jnp.ones_like(x))[0], 2049)  # the slope at 0 is 1/2
     _, pull = jax.vjp(
         lambda shift: layers.modulated_norm(jnp.zeros(ones.shape), jnp.ones(2), gate, shift, dtype),
-        jnp.zeros((4, 1, 2)),
+        jnp.zeros((3, 1, 2)),
     )
-    np.testing.assert_array_equal(pull(ones)[0], 1024)
+    np.testing.assert_array_equal(pull(ones)[0], 1367)
+
+
+def test_half_precision_operands_are_computed_with_in_float32():
+    """In bfloat16 1 + 1/512 would be 1, 1 / 0.7 1.4297, and -1 + 1/1024 -1."""
+    x, weight = jnp.asarray([[[-1.0, 1.0]]]), jnp.ones(2)
+    scale = jnp.full((1, 1, 2), 2**-9, jnp.bfloat16)
+    out, pull = jax.vjp(lambda w: layers.modulated_norm(x, w, scale, jnp.zeros((1, 1, 2)), jnp.float32), weight)
+    wanted = (1 + 2**-9) / np.sqrt(1 + layers.EPSILON) * np.asarray([-1.0, 1.0])
+    np.testing.assert_allclose(out[0, 0], wanted, rtol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones_like(out))[0], wanted, rtol=1e-6)
+    y, kept = jnp.ones((1, 1, 2), jnp.bfloat16), jnp.ones((1, 1, 2), bool)
+    np.testing.assert_allclose(layers.gated_sum(jnp.zeros((1, 1, 2)), y, None, None, kept, 0.7), 1 / 0.7, rtol=1e-6)
+    (out,) = layers.gelu(y[0], jnp.full(2, -1 + 2**-10))
+    np.testing.assert_allclose(out, jax.nn.gelu(2**-10), rtol=2**-8)
 
 
 def test_a_norms_sums_do_not_overflow_float16():
