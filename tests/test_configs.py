@@ -93,6 +93,7 @@ def test_impossible_values_are_refused(settings, message):
     [
         ({"model.size": "huge"}, "choose one of nano"),
         ({"model.heads": 5}, "multiple of twice"),
+        ({"model.dim": 12, "model.heads": 4}, "multiple of twice"),
         ({"model.dim": 0}, "dim is 0"),
     ],
 )

@@ -1,12 +1,14 @@
 """The network against the reference's outputs, and against what can be said of it without them."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from scipy import stats
 
 from duo_jax import config as config_lib
@@ -136,6 +138,9 @@ def test_a_fresh_network_is_uniform_and_its_dropout_acts_only_in_training():
     np.testing.assert_array_equal(plain, net.hidden(weights, x, sigma))
     dropped = net.hidden(weights, x, sigma, jax.random.key(3))
     assert not np.allclose(plain, dropped)
+    apply = jax.jit(functools.partial(net.module.apply, train=True))
+    whole = apply({"params": weights}, tokens, sigma, rngs={"dropout": jax.random.key(3)})
+    np.testing.assert_allclose(whole, net.logits(weights, dropped), rtol=1e-5, atol=1e-5)
     causal = dataclasses.replace(net, dropout=0.0).module.clone(causal=True)
     changed = tokens.at[:, 6:].add(1) % VOCAB
     a, b = (causal.apply({"params": weights}, t, sigma) for t in (tokens, changed))
@@ -150,9 +155,13 @@ USUAL = {"device": H100, "dtype": jnp.bfloat16, "head_dim": 64, "length": 1024}
 def test_the_choice_of_attention_is_explicit():
     assert attention.choose("auto", **USUAL)[0] == "cudnn"
     assert attention.choose("xla", **USUAL)[0] == "xla"
+    ampere = Hardware("gpu", 8.0)
+    for change in ({"device": ampere, "head_dim": 128}, {"dtype": jnp.float16}, {"head_dim": 256}):
+        assert attention.choose("auto", **{**USUAL, **change})[0] == "cudnn"
     for change, expected in (
         ({"device": T4}, "below 8.0"), ({"device": CPU}, "is a cpu"), ({"dtype": jnp.float32}, "float32"),
         ({"head_dim": 60}, "head size of 60"), ({"head_dim": 512}, "head size of 512"), ({"length": 1023}, "is odd"),
+        ({"device": ampere, "head_dim": 136}, "head size of 136"),
     ):  # fmt: skip
         name, why = attention.choose("auto", **{**USUAL, **change})
         assert name == "xla"
@@ -184,6 +193,62 @@ def test_recomputing_or_scanning_blocks_changes_no_number(remat, scan):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max()), want, got)
 
 
+def equations(jaxpr):
+    """Every equation of a program, those within others included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def made_of(net, transform=lambda fn: fn):
+    """The types of what a text's pass through the network multiplies with weights, and how many norms it takes."""
+    weights, x = jax.eval_shape(net.init, jax.random.key(0)), jax.ShapeDtypeStruct((2, 12, net.dim), jnp.float32)
+    fn = transform(lambda weights, x: net.hidden(weights, x, jnp.array([0.1, 3.0])).sum())
+    found = list(equations(jax.make_jaxpr(fn)(weights, x).jaxpr))
+    products = [eqn for eqn in found if eqn.primitive.name == "dot_general"]
+    by_weights = [eqn for eqn in products if not any(eqn.params["dimension_numbers"][1])]
+    types = [tuple(var.aval.dtype for var in eqn.invars) for eqn in by_weights]
+    return types, sum(eqn.primitive.name == "rsqrt" for eqn in found)
+
+
+def test_the_blocks_products_are_in_the_compute_type():
+    types, _ = made_of(network(precision="bfloat16"))
+    # Four and the modulation in each of the two blocks, and the last modulation; what the noise level becomes is float32.
+    assert types.count((jnp.bfloat16,) * 2) == 11
+    assert types.count((jnp.float32,) * 2) == len(types) - 11 == 2
+
+
+def test_what_is_computed_anew_is_all_but_what_is_kept():
+    (none, norms), (dots, norms_dots), (blocks, norms_blocks) = (
+        made_of(network(remat=remat), jax.grad) for remat in ("none", "dots", "blocks")
+    )
+    assert len(none) == len(dots) < len(blocks)
+    assert norms < norms_dots == norms_blocks
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_the_cache_gives_what_the_whole_text_gives(precision):
+    net = network(algo="ar", precision=precision, blocks=1)
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, VOCAB)
+
+    @jax.jit
+    def start(key):
+        weights = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(key, w.shape), net.init(key))
+        return weights, net.hidden(weights, net.embed(weights, tokens), None)
+
+    @jax.jit
+    def follow(weights, token, cache, position):
+        return net.module.apply({"params": weights}, token, cache, position, method="next_hidden")
+
+    weights, whole = start(jax.random.key(0))
+    cache = net.module.empty_cache(2, 6)
+    for i in range(6):
+        found, cache = follow(weights, tokens[:, i : i + 1], cache, i)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found[:, 0], whole[:, i], atol={"float32": 1e-5, "float16": 0.01}[precision])
+
+
 def test_the_compute_type_is_what_the_devices_matrix_units_know():
     assert fastest_dtype(Hardware("tpu")) == fastest_dtype(Hardware("gpu", 8.0)) == fastest_dtype(H100) == jnp.bfloat16
     assert fastest_dtype(T4) == fastest_dtype(Hardware("gpu", 7.0)) == jnp.float16
@@ -196,6 +261,38 @@ def test_a_chunk_of_logits_has_a_thirty_second_of_the_devices_memory():
     assert chunk_budget(Hardware("gpu", memory=2**30)) == 160
     assert chunk_budget(Hardware("tpu", memory=2**40)) == 4096
     assert chunk_budget(Hardware("gpu")) == 512  # a device that does not tell
+
+
+def test_a_chunk_holds_one_devices_rows_and_every_networks_logits():
+    net = network(head_mib=1, vocab_size=512)  # 128 tokens, or 16 positions of 8 rows
+    assert [net.chunk(8, 128, shards) for shards in (1, 2, 3, 8, 16)] == [16, 32, 32, 128, 128]
+    assert [net.chunk(8, 128, 2, networks=n) for n in (1, 2)] == [32, 16]
+    nothing = network(head_mib=0)
+    assert (nothing.head_budget, nothing.chunk(8, 128)) == (0, 1)
+
+
+def test_half_precision_stays_within_the_blocks():
+    net = network(precision="bfloat16", blocks=1)
+    relaxed = jax.random.normal(jax.random.key(1), (2, 12, VOCAB), jnp.bfloat16)
+
+    @jax.jit
+    def visit(key):
+        weights = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(key, w.shape), net.init(key))
+        x = net.embed(weights, relaxed)
+        hidden = net.hidden(weights, x, jnp.array([0.1, 3.0]))
+        return weights, x, hidden, net.logits(weights, hidden)
+
+    weights, x, hidden, logits = visit(jax.random.key(0))
+    assert x.dtype == hidden.dtype == logits.dtype == jnp.float32
+    mix = jax.nn.softmax(relaxed.astype(jnp.float32))
+    np.testing.assert_allclose(x, mix @ weights["embed"]["embedding"], rtol=1e-5, atol=1e-6)
+    assert (hidden != hidden.astype(jnp.bfloat16)).mean() > 0.9, "nor is it rounded on its way"
+    head = {name: np.asarray(value, np.float64) for name, value in weights["head"].items()}
+    # Each of the two factors is rounded by 2^-9 at most.
+    slack = np.abs(hidden) @ np.abs(head["kernel"]) * 2**-8
+    error = np.abs(logits - (hidden @ head["kernel"] + head["bias"]))
+    assert (error <= slack + 1e-6).all()
+    assert error.max() > 1e-4, "the products are in the compute type"
 
 
 def within(values, mean, deviation):
