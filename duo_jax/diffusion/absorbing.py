@@ -122,7 +122,7 @@ def mdlm_nelbo_from_logits(
 
 
 def _mdlm_weight(x: jax.Array, alpha: jax.typing.ArrayLike, dalpha: jax.typing.ArrayLike) -> jax.Array:
-    alpha, dalpha = per_token(alpha, x.shape), per_token(dalpha, x.shape)
+    alpha, dalpha = (as_float(per_token(value, x.shape)) for value in (alpha, dalpha))
     return -dalpha / jnp.maximum(1.0 - alpha, _MIN_NOISE)
 
 
