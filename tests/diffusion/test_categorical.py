@@ -118,6 +118,11 @@ def test_nucleus_of_several_thresholds():
     logits = jnp.log(jnp.array([[0.6, 0.3, 0.1]] * 3))
     kept = np.isfinite(categorical.nucleus(logits, jnp.array([0.5, 0.8, 1.0]))).sum(-1)
     np.testing.assert_array_equal(kept, [1, 2, 3])
+    # Sums of 50,258 rounded probabilities may exceed 1, which cuts nothing where all are to stay.
+    logits = 3 * jax.random.normal(jax.random.key(1), (16, 50_258))
+    kept = np.isfinite(categorical.nucleus(logits, jnp.where(jnp.arange(16) > 0, 1.0, 0.5))).sum(-1)
+    np.testing.assert_array_equal(kept[1:], 50_258)
+    assert kept[0] < 1000
 
 
 def test_nucleus_against_the_reference(golden):
@@ -145,6 +150,7 @@ def test_cross_entropy_and_its_gradient(banned):
         gradient = jax.grad(lambda l: jnp.sum(weights * categorical.nll(l, x, banned)))(values)
         np.testing.assert_allclose(gradient, jax.grad(lambda l: jnp.sum(weights * plain(l)))(values), atol=1e-12)
     extreme = jnp.array([[1e4, -1e4, 0.0], [-jnp.inf, 0.0, 0.0]])
+    np.testing.assert_allclose(categorical.nll(extreme, jnp.array([1, 2])), [2e4, np.log(2)], rtol=1e-6)
     gradient = jax.grad(lambda l: categorical.nll(l, jnp.array([1, 2])).sum())(extreme)
     assert np.isfinite(gradient).all()
 
@@ -152,6 +158,27 @@ def test_cross_entropy_and_its_gradient(banned):
 def test_cross_entropy_of_a_confident_network_keeps_its_digits():
     loss = categorical.nll(jnp.array([100.0, 86.0, 80.0]), jnp.array(0))
     np.testing.assert_allclose(loss, np.log1p(np.exp(-14.0) + np.exp(-20.0)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_logits_are_computed_with_in_float32(dtype):
+    half = (3 * jax.random.normal(jax.random.key(0), (64, 300))).astype(dtype)
+    wide, x = half.astype(jnp.float32), jnp.arange(64)
+    draw = jax.jit(categorical.draw_with_log_normaliser)
+    keys = token_keys(jax.random.key(1), (64,))
+    for got, want in zip(draw(keys, half), draw(keys, wide), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+    kept = [np.isfinite(jax.jit(categorical.nucleus)(logits, 0.9)) for logits in (half, wide)]
+    np.testing.assert_array_equal(*kept)
+    value, pull = jax.vjp(lambda logits: categorical.nll(logits, x, 299), half)
+    wanted, wide_pull = jax.vjp(lambda logits: categorical.nll(logits, x, 299), wide)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    (slope,), (wanted,) = pull(jnp.ones(64)), wide_pull(jnp.ones(64))
+    assert slope.dtype == dtype
+    tiny = float(jnp.finfo(dtype).tiny)  # below which digits go
+    np.testing.assert_allclose(np.float32(slope), wanted, rtol=float(jnp.finfo(dtype).eps), atol=tiny)
 
 
 def test_signal_levels_spread_from_the_left():
