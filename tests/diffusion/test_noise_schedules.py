@@ -20,6 +20,13 @@ def test_derivative_is_the_derivative(schedule):
 
 
 @pytest.mark.parametrize("schedule", ALL)
+def test_whole_numbers_are_times_too(schedule):
+    for t in (0, 1):
+        for value in (schedule.alpha, schedule.dalpha):
+            np.testing.assert_array_equal(value(t), value(float(t)))
+
+
+@pytest.mark.parametrize("schedule", ALL)
 def test_inverse_undoes_alpha(schedule):
     t = np.linspace(0.0, 1.0, 201)
     with jax.enable_x64(True):
@@ -79,12 +86,15 @@ def test_times_towards_zero_give_the_integrals_of_even_ones(eps):
 def test_a_schedule_is_a_static_argument():
     evaluate = jax.jit(lambda schedule, t: schedule.alpha(t), static_argnums=0)
     assert evaluate(schedules.cosine(), 0.5) == schedules.by_name("cosine").alpha(0.5)
-    assert schedules.by_name("log-linear", 1e-4) == schedules.log_linear(1e-4) == schedules.by_name("log_linear", 1e-4)
+    for name in ("log-linear", "log_linear", "loglinear"):
+        assert schedules.by_name(name, 1e-4) == schedules.log_linear(1e-4)
     np.testing.assert_allclose(schedules.sigma(schedules.log_linear().alpha(1.0)), -np.log(1e-3), rtol=1e-6)
 
 
 def test_mistakes_are_told():
     with pytest.raises(UserError, match="unknown noise schedule 'linear'"):
         schedules.by_name("linear")
-    with pytest.raises(UserError, match="eps"):
-        schedules.log_linear(1.0)
+    for make in (schedules.log_linear, schedules.cosine):
+        for eps in (1.0, -1e-3):
+            with pytest.raises(UserError, match="eps"):
+                make(eps)
