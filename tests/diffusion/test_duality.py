@@ -6,7 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 from brute_force import FALSE_ALARM, assert_distributed, exact_operator, histogram, uniform_marginal
-from scipy import stats
+from scipy import integrate, stats
 
 from duo_jax.diffusion import duality
 from duo_jax.diffusion.order_statistics import distinct_others, normals_from_gaps, shuffle_prefix, top_normals
@@ -88,6 +88,14 @@ def test_extreme_gammas_are_finite():
         value, slope = jax.value_and_grad(duality.alpha)(gamma, 1000)
         assert 0 <= value <= 1 + 1e-6
         assert np.isfinite([slope, duality.dalpha(gamma, 1000)]).all()
+
+
+@pytest.mark.parametrize("gamma", [-2, jnp.asarray(-2.0, jnp.bfloat16)])
+def test_a_noise_level_is_computed_with_in_float32_whatever_its_type(gamma):
+    for fn in (duality.signal_and_noise, lambda g: duality.alpha(g, 10), lambda g: duality.dalpha(g, 10)):
+        for got, wanted in zip(jax.tree.leaves(fn(gamma)), jax.tree.leaves(fn(-2.0)), strict=True):
+            assert got.dtype == jnp.float32
+            np.testing.assert_array_equal(got, wanted)
 
 
 def test_latent_against_the_reference(golden):
@@ -227,6 +235,30 @@ def test_efficient_curriculum_never_builds_the_vocabulary():
     assert largest(jaxpr.jaxpr) < 50_258
 
 
+@pytest.mark.parametrize(("k", "draws"), [(33, 3), (34, 4)])
+def test_no_two_draws_of_the_efficient_curriculum_share_a_key(k, draws, monkeypatch):
+    """Of the true token, the others, which they are, and the sum of those beyond 32, of which the smaller K has none."""
+    used = []
+
+    def noted(draw):
+        def fn(key, *args):
+            used.append(jax.random.key_data(key))
+            return draw(key, *args)
+
+        return fn
+
+    for name in ("normal", "exponential", "randint"):
+        monkeypatch.setattr(jax.random, name, noted(getattr(jax.random, name)))
+
+    @jax.jit
+    def keys(key):
+        duality.tempered_topk(key, jnp.zeros((1, 2), int), -1.0, 0.1, 3, k)
+        return used
+
+    found = [tuple(key.tolist()) for key in keys(jax.random.key(0))]
+    assert len(found) == len(set(found)) == draws
+
+
 def test_temperature_and_noise_are_traced():
     traces = []
 
@@ -282,6 +314,19 @@ def test_shuffle_prefix_is_a_shuffle():
     np.testing.assert_array_equal(np.sort(ids, axis=-1), [[1, 2, 3, 4], [0, 1, 2, 3]])
 
 
+@pytest.mark.parametrize(("ceiling", "scale", "n"), [(1.0, 0.7, 3), (-0.5, 2.0, 40), (4.0, 3.0, 300)])
+def test_the_sum_of_the_rest_is_log_normal_with_the_two_moments_of_a_sum(ceiling, scale, n):
+    def mean_of_power(power):
+        top, _ = integrate.quad(lambda v: stats.norm.pdf(v, scale=scale) * np.exp(power * v), -12 * scale, ceiling)
+        return top / stats.norm.cdf(ceiling / scale)
+
+    mean, variance = n * mean_of_power(1), n * (mean_of_power(2) - mean_of_power(1) ** 2)
+    spread = np.log1p(variance / mean**2)
+    draws = duality._log_rest(jax.random.key(0), jnp.full(20_000, ceiling), jnp.float32(scale), n)
+    expected = stats.norm(np.log(mean) - 0.5 * spread, spread**0.5)
+    assert stats.kstest(np.float64(draws), expected.cdf).pvalue > FALSE_ALARM
+
+
 def test_truncated_mean(golden):
     for y in (0.0, 1.0, 4.9, 5.1, 20.0, 1000.0):
         with mpmath.workdps(40):
@@ -299,6 +344,10 @@ def test_temperature_schedule_against_the_reference(golden):
     for n, setting in enumerate(settings):
         ours = jax.jit(lambda step, setting=setting: duality.tau(step, *setting))(vectors[f"tau{n}_steps"])
         np.testing.assert_allclose(1 / np.float64(ours), vectors[f"tau{n}_inverse"], rtol=1e-4)
+
+
+def test_a_curriculum_may_end_where_it_starts():
+    np.testing.assert_allclose(duality.tau(np.array([4, 5, 6]), 5, 5), [1e-3, 1e-10, 1e-10], rtol=1e-6)
 
 
 def test_mistakes_are_told():
