@@ -84,6 +84,13 @@ def test_where_a_step_does_not_ask_the_prediction_has_no_say(alpha_s, alpha_t, k
         assert (answers[0] != answers[1]).any()
 
 
+def test_a_short_steps_jump_keeps_its_digits():
+    alpha_t = np.float32(0.3)
+    alpha_s = alpha_t + np.float32([1e-7, 1e-6, 1e-4, 0.1])
+    exact = (np.float64(alpha_s) - alpha_t) / alpha_s
+    np.testing.assert_allclose(uniform._jump(jnp.asarray(alpha_s), jnp.asarray(alpha_t)), exact, rtol=1e-6)
+
+
 def test_step_from_logits_is_the_same_in_chunks():
     logits, keys = 2 * jax.random.normal(jax.random.key(0), (12, 30)) + 9, token_keys(jax.random.key(1), (12,))
     z_t, alpha_s, alpha_t = jnp.arange(12), jnp.linspace(0.6, 0.9, 12), jnp.linspace(0.1, 0.5, 12)
@@ -94,6 +101,7 @@ def test_step_from_logits_is_the_same_in_chunks():
     np.testing.assert_array_equal(whole, np.concatenate(pieces))
     # Where nothing may change, nothing does: no time passes, or the network is certain of the token that is there.
     np.testing.assert_array_equal(mixture_step(keys, logits, z_t, alpha_t, alpha_t), z_t)
+    np.testing.assert_array_equal(mixture_step(keys, logits, z_t, jnp.zeros(12), jnp.zeros(12)), z_t)
     certain = jnp.where(jax.nn.one_hot(z_t, 30) > 0, 0.0, -jnp.inf)
     np.testing.assert_array_equal(mixture_step(keys, certain, z_t, jnp.ones(12), alpha_t), z_t)
 
@@ -217,13 +225,14 @@ def test_nelbo_is_finite_at_every_extreme(k):
             assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_nelbo_of_half_precision_logits():
+def test_nelbo_of_half_precision_logits_and_levels():
     logits, z_t, x = random_case(20, 1.0)
-    half = jnp.asarray(logits, jnp.bfloat16)
-    loss, gradient = jax.value_and_grad(lambda l: uniform.nelbo_from_logits(l, z_t, x, 0.5, -1.0).sum())(half)
+    half, alpha = jnp.asarray(logits, jnp.bfloat16), jnp.asarray(0.3, jnp.bfloat16)
+    loss, gradient = jax.value_and_grad(lambda l: uniform.nelbo_from_logits(l, z_t, x, alpha, -1.0).sum())(half)
     assert loss.dtype == jnp.float32
     assert gradient.dtype == jnp.bfloat16
-    np.testing.assert_allclose(loss, uniform.nelbo_from_logits(np.float32(half), z_t, x, 0.5, -1.0).sum(), rtol=1e-6)
+    wide = uniform.nelbo_from_logits(np.float32(half), z_t, x, np.float32(alpha), -1.0)
+    np.testing.assert_allclose(loss, wide.sum(), rtol=1e-6)
 
 
 def test_mistakes_are_told():
