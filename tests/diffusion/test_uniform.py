@@ -238,5 +238,6 @@ def test_nelbo_of_half_precision_logits_and_levels():
 def test_mistakes_are_told():
     with pytest.raises(UserError, match="vocab_size must be at least 2"):
         uniform.q_sample(jax.random.key(0), jnp.zeros((1, 1), int), 0.5, 1)
-    with pytest.raises(UserError, match="same tokens"):
-        uniform.nelbo(jnp.zeros((2, 3, 5)), jnp.zeros((2, 3), int), jnp.zeros((2, 4), int), 0.5, -1.0)
+    for z_t, x in [((2, 3), (2, 4)), ((2, 4), (2, 4)), ((2, 1), (2, 1))]:
+        with pytest.raises(UserError, match="same tokens"):
+            uniform.nelbo(jnp.zeros((2, 3, 5)), jnp.zeros(z_t, int), jnp.zeros(x, int), 0.5, -1.0)
