@@ -17,6 +17,7 @@ from known_joint import FALSE_ALARM, p_value
 
 import duo_jax
 from duo_jax import modes, sampling
+from duo_jax.data import tokenizers
 from duo_jax.diffusion import absorbing, categorical
 from duo_jax.diffusion.arrays import token_keys
 from duo_jax.models.network import Network
@@ -170,6 +171,32 @@ def test_gaps_are_filled(params):
         assert start + len(second) + gaps[1] + len(third) == 28
 
 
+def test_a_text_may_fill_its_length_but_for_a_token_a_gap(params):
+    tokenizer = duo_jax.api.tokenizer_of(params.tokenizer)
+    ids = [tokenizer.bos_id, *tokenizer.encode("The town")]
+    tokens, held = sampling.prompts.prefix(tokenizer, "The town", len(ids))
+    assert (tokens.tolist(), held.all()) == (ids, True)
+    with pytest.raises(duo_jax.UserError, match="more than the length"):
+        sampling.prompts.prefix(tokenizer, "The town", len(ids) - 1)
+    need = 2 + sum(len(tokenizer.encode(piece)) for piece in ("The", " of", " is"))
+    for room, gaps in ((2, [1, 1]), (3, [2, 1]), (4, [2, 2])):
+        _, held = sampling.prompts.gaps(tokenizer, "The ___ of ___ is", need + room)
+        assert [len(list(free)) for is_held, free in itertools.groupby(held) if not is_held] == gaps
+    with pytest.raises(duo_jax.UserError, match="more than the length"):
+        sampling.prompts.gaps(tokenizer, "The ___ of ___ is", need + 1)
+
+
+def test_what_a_tokenizer_would_change_is_not_held(tmp_path):
+    """Of a vocabulary of two words: another becomes [UNK], and a control character nothing."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]) + "\n")
+    tokenizer = tokenizers.load(tmp_path / "vocab.txt")
+    assert sampling.prompts.encode(tokenizer, "The cat") == [5, 6]
+    assert sampling.prompts.encode(tokenizer, " ") == []
+    for text in ("the dog", "\x01", "the \ud800cat"):
+        with pytest.raises(duo_jax.UserError, match="cannot encode"):
+            sampling.prompts.encode(tokenizer, text)
+
+
 def test_arrays_are_filled(params):
     tokens, mask = np.full((2, 6), 50), np.zeros((2, 6), bool)
     mask[0, 1], mask[1, 5] = True, True
@@ -248,11 +275,15 @@ def test_batches_come_as_they_are_finished(params):
         ({"top_p": "x"}, "top_p is 'x'; it must be a number"),
         ({"temperature": None}, "temperature is None"),
         ({"guidance": float("nan"), "prompt": "The"}, "guidance is nan; it must be a finite number"),
+        ({"guidance": float("inf"), "prompt": "The"}, "guidance is inf; it must be a finite number"),
         ({"prompt": 5}, "prompt is 5; give text"),
         ({"prompt": [5]}, "a prompt is not text"),
         ({"infill": 5}, "infill is 5; give text"),
         ({"infill": ([[1], [1, 2]], [[1], [1, 1]])}, "differ in length"),
         ({"infill": ([1, 2], [1.0, 0.5])}, "other values than true and false"),
+        ({"infill": ([1.5, 2], [True, False])}, "give whole numbers"),
+        ({"infill": ([1], [True], [1])}, "infill is neither text nor a pair of arrays"),
+        ({"infill": ([-1, 0], [True, False])}, "held token ids must lie in"),
         ({"infill": ([2**33 + 5, 0], [True, False])}, "held token ids must lie in"),
         ({"sampler": "psi", "psi": 5}, "psi is 5; give one kappa mode"),
     ],
@@ -268,14 +299,18 @@ def test_an_autoregressive_text_has_two_tokens_at_least(params):
 
 
 def test_a_trajectory(params):
-    result = duo_jax.sample(params, n_steps=3, length=20, batch_size=3, rows_at_once=2, trajectory=True)
-    assert result.trajectory.shape == (4, 3, 20)
+    """Of texts as long as the network's, which are no longer ones."""
+    result = duo_jax.sample(params, n_steps=3, batch_size=3, rows_at_once=2, trajectory=True)
+    assert result.trajectory.shape == (4, 3, 32)
     np.testing.assert_array_equal(result.trajectory[-1], result.tokens)
     assert duo_jax.sample(params, n_steps=3, length=20).trajectory is None
 
 
 @pytest.mark.parametrize("algo", ["duo_base", "ar"])
 def test_long_texts_grow_in_strides(params, algo):
+    assert sampling.texts.window(params.network, 75, None) == (32, 16), (
+        "half the network's length, unless said otherwise"
+    )
     before = sampling.sample_tokens._cache_size()
     result = duo_jax.sample(of(params, algo), n_steps=3, length=75, stride=20, batch_size=2, prompt="The river is")
     assert result.tokens.shape == (2, 75)
@@ -286,10 +321,11 @@ def test_long_texts_grow_in_strides(params, algo):
 
 
 def test_a_window_sees_the_end_of_what_was_written():
-    seen = []
+    seen, keys = [], set()
 
     def draw(key, part):
         seen.append([x.copy() for x in part])
+        keys.add(tuple(jax.random.key_data(key).tolist()))
         tokens = np.where(part[1], part[0], 100 * len(seen) + np.arange(part[0].shape[1]))
         return sampling.Walk(tokens, np.int32(1), np.int32(part[1].size - part[1].sum()))
 
@@ -305,10 +341,33 @@ def test_a_window_sees_the_end_of_what_was_written():
     assert tokens[0, :3].tolist() == [1, 105, 106]
     assert held[0].tolist() == [True] * 3 + [False] * 5
     np.testing.assert_array_equal(text[7:11], [203, 204, 205, 206])
-    assert walk.network_calls == len(seen) == 4
+    assert walk.network_calls == len(seen) == len(keys) == 4
     assert walk.predictions == sum((~held).sum() for _, held in seen)
     assert text[-1] == 407  # the last window's last token stays
     assert (text > 0).all()
+
+
+def test_each_batch_is_given_its_own_rows(params, monkeypatch):
+    """Also of what guidance leads away from; the batches are no larger than they must be, and may differ in calls."""
+    seen = []
+
+    def draw(weights, key, given, knobs, free, **_):
+        seen.append([np.asarray(given.held), None if free is None else np.asarray(free.held)])
+        return sampling.Walk(given.tokens, jnp.int32(10 - len(seen)), jnp.int32(0))
+
+    monkeypatch.setattr(sampling.networks, "sample_tokens", draw)
+    tokens, mask = np.arange(60).reshape(3, 20), np.zeros((3, 20), bool)
+    mask[:2, 0] = mask[2, 5] = True
+    result = duo_jax.sample(params, infill=(tokens, mask), guidance=2.0, batch_size=3, rows_at_once=2, length=20)
+    (first, free), (last, none) = seen
+    np.testing.assert_array_equal(first, mask[:2])
+    np.testing.assert_array_equal(free, mask[:2])
+    np.testing.assert_array_equal(last, mask[[2, 2]])
+    assert not none.any()
+    np.testing.assert_array_equal(result.tokens, tokens)
+    assert result.network_calls == 9
+    duo_jax.sample(params, length=20, batch_size=3)
+    assert seen[-1][0].shape == (3, 20)
 
 
 def test_batches_are_split_and_joined(params):
@@ -378,7 +437,7 @@ def test_the_sample_mode_writes_what_was_asked(trained, text_folder, tmp_path, c
         ("duo_base", {"infill": "no gap"}, "has no gap"),
         ("duo_base", {"infill": ([1] * 40, [True] * 40)}, "more than the length 32"),
         ("duo_base", {"infill": ([1, 2], [True])}, "a mask of the same shape"),
-        ("duo_base", {"infill": ([400], [True])}, "must lie in"),
+        ("duo_base", {"infill": ([300], [True])}, "must lie in"),
         ("duo_base", {"infill": ([[1], [2]], [[True], [True]])}, "2 rows for 1 texts"),
         ("duo_base", {"prompt": "a", "infill": "b ___"}, "both given"),
         ("duo_base", {"prompt": "a \ud800 b"}, "cannot encode"),
@@ -388,14 +447,19 @@ def test_the_sample_mode_writes_what_was_asked(trained, text_folder, tmp_path, c
         ("duo_base", {"negative_prompt": "x"}, "guidance is 1"),
         ("duo_base", {"stride": 4}, "stride is for texts longer"),
         ("duo_base", {"length": 60, "stride": 31}, "from 1 to 30"),
+        ("duo_base", {"length": 60, "stride": 0}, "from 1 to 30"),
         ("duo_base", {"length": 60, "trajectory": True}, "within the network's length"),
+        ("duo_base", {"length": 60, "prompt": "x", "guidance": 2.0}, "within the network's length"),
         ("duo_base", {"rows_at_once": 0}, "rows_at_once is 0"),
         ("duo_base", {"temperature": -1.0}, "temperature is -1"),
         ("ar", {"noise_removal": "greedy"}, "noise_removal is for diffusion networks"),
+        ("ar", {"trajectory": True}, "trajectory is for diffusion networks"),
+        ("ar", {"n_steps": 0}, "at least 1 step"),
         ("ar", {"sampler": "psi"}, "does not fit a network of the autoregressive process"),
         ("ar", {"infill": "The ___ end"}, "cannot look ahead"),
         ("ar", {"prompt": "x", "guidance": 2.0}, "guidance is for diffusion networks"),
         ("mdlm", {"infill": ([299], [True])}, "the mask itself"),
+        ("sedd", {"infill": ([299], [True])}, "the mask itself"),
         ("mdlm", {"sampler": "analytic"}, "needs log-scores"),
         ("sedd", {"sampler": "analytic", "prompt": "x", "guidance": 2.0}, "mixes posteriors"),
     ],

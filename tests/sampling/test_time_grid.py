@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from duo_jax import config as config_lib
 from duo_jax import sampling
 from duo_jax.diffusion import absorbing, categorical, schedules
 from duo_jax.errors import UserError
+from duo_jax.models.network import Network
 from duo_jax.sampling import engine
 from duo_jax.sampling.settings import kappa, parse_mode
 
@@ -181,6 +183,7 @@ def test_guided_posteriors_equal_the_references(golden, weight, top_p):
         ({"top_p": 0.0}, "in \\(0, 1\\]"),
         ({"top_p": 1.5}, "in \\(0, 1\\]"),
         ({"temperature": 0.0}, "at least 0.001"),
+        ({"temperature": 9e-4}, "at least 0.001"),
         ({"sampler": "autoregressive"}, "does not fit a network of the uniform process"),
         ({"sampler": "ancestral_cache"}, "does not fit a network of the uniform process"),
         ({"process": "absorbing"}, "needs mask_id"),
@@ -192,7 +195,9 @@ def test_guided_posteriors_equal_the_references(golden, weight, top_p):
         ({"sampler": "psi", "psi": "constant"}, "constant needs a number"),
         ({"sampler": "psi", "psi": "pure-pc-0.5"}, "takes no number"),
         ({"sampler": "psi", "psi": "wild-0.5"}, "choose one of pure-posterior"),
+        ({"sampler": "psi", "psi": "constant0.9"}, "choose one of pure-posterior"),
         ({"sampler": "psi", "psi": "constant-1.5"}, "in \\[0, 1\\]"),
+        ({"sampler": "psi", "psi": "constant--0.5"}, "in \\[0, 1\\]"),
         ({"tokens": [1]}, "come together"),
         ({"guidance": 2.0}, "give it as unconditional_fn"),
         ({"score": True}, "are of the absorbing process"),
@@ -208,15 +213,57 @@ def test_settings_that_cannot_be_are_refused(kwargs, message):
 
 
 def test_grids_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match="neither may be negative"):
-        sampling.Psi(high_frac=0.7, middle_frac=0.7)
+    for fractions in ((0.7, 0.7), (-0.1, 0.5), (0.5, -0.1)):
+        with pytest.raises(UserError, match="neither may be negative"):
+            sampling.Psi(high_frac=fractions[0], middle_frac=fractions[1])
     with pytest.raises(UserError, match="time_profile is 'linear-constant-linear-2'"):
         sampling.Psi(time_profile="linear-constant-linear-2")
     with pytest.raises(UserError, match="outside \\(1e-5, 1\\)"):
         sampling.Settings(9, sampler="psi", psi=sampling.Psi(time_profile="linear-constant-linear-0.0005-inv"))
-    late = sampling.Psi(time_profile="linear-constant-linear-0.9")
-    with pytest.raises(UserError, match="needs steps before and after"):
-        sampling.Settings(4, sampler="psi", psi=late)
+    for high, middle in ((0.0, 0.0), (0.0, 0.5), (0.5, 0.5)):
+        late = sampling.Psi(high_frac=high, middle_frac=middle, time_profile="linear-constant-linear-0.9")
+        with pytest.raises(UserError, match="needs steps before and after"):
+            sampling.Settings(3, sampler="psi", psi=late)
+
+
+def test_segments_share_all_times():
+    """Also where two halves of an odd number are both rounded up."""
+    halves = sampling.Psi("pure-pc", "pure-posterior", "pure-pc", 0.5, 0.5)
+    assert halves.segments(2) == (2, 1, 0)
+    alpha = jnp.array([0.1, 0.5, 0.9])
+    np.testing.assert_array_equal(halves.kappas(alpha, jnp.append(alpha[1:], 1.0)), [0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("algo", "schedule", "expected"),
+    [
+        ("mdlm", "log_linear", schedules.log_linear(0.02)),
+        ("duo", "cosine", schedules.cosine(0.02)),
+        ("d3pm", "log_linear", schedules.log_linear(0.0)),  # its chain ends in nothing but masks
+    ],
+)
+def test_a_network_is_sampled_with_the_schedule_that_it_was_trained_with(algo, schedule, expected):
+    network = Network(algo, 5, 4, 8, 16, 1, 2, 8, 0.0, schedule=schedule, eps=0.02)
+    assert sampling.Settings.for_network(network, 4).schedule == expected
+
+
+def test_all_that_a_config_says_reaches_the_sampler():
+    config = config_lib.default()
+    asked = {
+        "n_steps": 7,
+        "sampler": "psi",
+        "noise_removal": "greedy",
+        "top_p": 0.9,
+        "early_stop": 3,
+        "psi.low": "pure-pc",
+    }
+    config.sample.update_from_flattened_dict(asked)
+    network = Network("duo", 5, 4, 8, 16, 1, 2, 8, 0.0)
+    usual = sampling.Settings.from_config(config_lib.default().sample, network)
+    assert not usual.nucleus, "a top_p of 1 sorts no probabilities"
+    found = sampling.Settings.from_config(config.sample, network)
+    assert (found.n_steps, found.sampler, found.noise_removal, found.nucleus) == (7, "psi", "greedy", True)
+    assert (found.early_stop, found.psi) == (3, sampling.Psi(low="pure-pc"))
 
 
 def test_unigram_entropy(golden):
