@@ -1,5 +1,7 @@
 """What cannot be read gets one line that says why and what to do."""
 
+import contextlib
+import fnmatch
 import json
 import zipfile
 
@@ -10,7 +12,8 @@ from safetensors.numpy import save_file
 from torch_files import equal, lightning
 
 import duo_jax
-from duo_jax.convert import infer
+from duo_jax.convert import infer, pickled
+from duo_jax.data import tokenizers
 
 
 def broken(state, **changes):
@@ -46,7 +49,7 @@ def test_keys_and_shapes_are_checked(tmp_path, state, asked, changes, message, l
         ({"algo": "gpt"}, "choose one of"),
         ({"algo": "ar"}, "give the right --algo"),
         ({"length": None}, "give --length"),
-        ({"length": -1}, "a length of -1 tokens cannot be"),
+        ({"length": 2}, "a length of 2 tokens cannot be"),
         ({"heads": 4}, "are those of 2 heads"),
         ({"tokenizer": None}, "300 ids, which is no known tokenizer's"),
         ({"tokenizer": "gpt2"}, "has 50258 ids, but the network 300"),
@@ -143,6 +146,47 @@ def test_a_tensor_that_reaches_beyond_its_numbers_is_refused(tmp_path, state, as
         duo_jax.load(tmp_path / "b.pt", **asked)
 
 
+def test_a_tensor_that_begins_before_its_numbers_is_refused(tmp_path):
+    torch_files.save({"a": np.ones(4, np.float32)}, tmp_path / "a.pt")
+    with contextlib.closing(pickled.Archive(tmp_path / "a.pt")) as archive:
+        tensor = archive.root["a"]
+        assert archive.array(tensor).tolist() == [1.0] * 4
+        for wrong in ({"offset": -1}, {"offset": 3, "strides": (-1,)}, {"shape": (-4,)}):
+            with pytest.raises(duo_jax.UserError, match="reaches beyond its numbers"):
+                archive.array(tensor._replace(**wrong))
+
+
+def test_a_file_of_another_byte_order_is_refused(tmp_path, state, asked):
+    torch_files.save(state, tmp_path / "a.pt", byteorder="big")
+    with pytest.raises(duo_jax.UserError, match="written on a big-endian machine"):
+        duo_jax.load(tmp_path / "a.pt", **asked)
+
+
+def test_what_is_here_goes_before_what_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    with pytest.raises(duo_jax.UserError, match="quickstart holds no checkpoint"):
+        duo_jax.load("quickstart")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda about: about["duo_jax"].update(format=2), "has format 2; this version of duo_jax reads format 1"),
+        (lambda about: about["duo_jax"].pop("ema"), "is damaged: 'ema'; export the network again"),
+        (lambda about: [about], "holds no settings"),
+    ],
+)
+def test_a_config_of_another_version_or_kind_is_refused(tmp_path, params, change, message):
+    duo_jax.export(params, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    about = json.loads(path.read_text())
+    changed = change(about)
+    path.write_text(json.dumps(changed if isinstance(changed, list) else about))
+    with pytest.raises(duo_jax.UserError, match=message):
+        duo_jax.load(tmp_path / "out")
+
+
 def test_a_slip_of_the_pen_is_not_looked_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -190,8 +234,18 @@ def test_a_pickle_changes_nothing_of_its_readers(tmp_path, state):
 def test_a_hub_id_is_fetched_or_refused_in_one_line(tmp_path, params, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     duo_jax.export(params, tmp_path / "out")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / "out"))
-    equal(duo_jax.load("somebody/something").weights, params.weights)
+
+    def fetch(name, allow_patterns):
+        """As the hub's client does: what is not asked for is not there."""
+        for path in [path for path in (tmp_path / "out").rglob("*") if path.is_file()]:
+            if not any(fnmatch.fnmatch(str(path.relative_to(tmp_path / "out")), wanted) for wanted in allow_patterns):
+                path.unlink()
+        return str(tmp_path / "out")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    fetched = duo_jax.load("somebody/something")
+    equal(fetched.weights, params.weights)
+    assert tokenizers.load(fetched.tokenizer).same_as(tokenizers.load(params.tokenizer))
 
     def fail(name, **_):
         raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find it\nmore")

@@ -104,6 +104,43 @@ def test_views_and_half_precision_are_read(tmp_path, state, params, asked):
     equal(a, jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16).astype(np.float32), params.weights))
 
 
+def test_what_training_put_around_a_network_is_left_out(tmp_path, state, params, asked):
+    wrapped = {f"module._orig_mod.backbone.{key}": value for key, value in state.items()}
+    more = {name: np.ones(2, np.float32) for name in ("teacher.norm.weight", "noise.rate", "metrics.nlls.weight")}
+    torch_files.save({"state_dict": wrapped | more}, tmp_path / "a.ckpt")
+    equal(duo_jax.load(tmp_path / "a.ckpt", ema=False, **asked).weights, params.weights)
+
+
+def test_a_part_of_a_larger_array_is_read(tmp_path, state, params, asked):
+    """Two tensors of one storage, of which the second begins where the first ends."""
+    pair = [f"sigma_map.mlp.{i}.bias" for i in (0, 2)]
+    torch_files.save(state, tmp_path / "a.pt", together=pair)
+    equal(duo_jax.load(tmp_path / "a.pt", **asked).weights, params.weights)
+
+
+def test_what_is_asked_for_goes_before_what_a_file_tells(state, asked, tokenizer):
+    without = {key: value for key, value in state.items() if key != "rotary_emb.inv_freq"}
+    told = {"algo": "duo", "length": 64, "heads": 2}
+    nothing = {"tokenizer": tokenizer}
+    as_told, _ = infer.network(without, told, nothing)
+    assert (as_told.algo, as_told.length, as_told.heads) == ("duo", 64, 2)
+    as_asked, _ = infer.network(without, told, {"algo": "dcd", "length": 48, "heads": 4, **nothing})
+    assert (as_asked.algo, as_asked.length, as_asked.heads) == ("dcd", 48, 4)
+
+
+def test_a_mask_need_not_be_the_last_id(tmp_path, state):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"vocab_size": 300, "mask_id": 103}))
+    asked = {"algo": "mdlm", "length": 32, "tokenizer": str(tmp_path)}
+    assert infer.network(state, {}, asked)[0].mask_id == 103
+
+
+def test_a_config_beside_a_lone_file_may_be_another_models(tmp_path, state, tokenizer):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mdlm", "n_heads": 2, "model_length": 64}))
+    torch_files.save(state, tmp_path / "a.pt")
+    with pytest.raises(duo_jax.UserError, match="give --algo"):
+        duo_jax.load(tmp_path / "a.pt", tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize(
     ("config", "name", "expected"),
     [

@@ -1,7 +1,10 @@
 """What is written reads back, here and in PyTorch."""
 
+import contextlib
+import dataclasses
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +15,9 @@ from torch_files import equal, lightning
 
 import duo_jax
 from duo_jax import convert
+from duo_jax.config import ALGORITHMS
+from duo_jax.convert import __main__ as door
+from duo_jax.convert import infer, pickled
 from duo_jax.data import tokenizers
 from duo_jax.training import checkpoint, loop
 
@@ -100,6 +106,32 @@ def test_the_command_then_sampling_and_evaluation(tmp_path, state, text_folder, 
     assert len((out / "samples.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_runs_checkpoint_and_its_step_are_converted(tmp_path, trained, monkeypatch):
+    """That which was found, whatever a run that goes on adds in the meantime; then that which was converted."""
+    read, load = [], duo_jax.api.load
+    monkeypatch.setattr(duo_jax.api, "load", lambda source, **asked: read.append(source) or load(source, **asked))
+    older, again, newest = (tmp_path / name for name in ("older", "again", "newest"))
+    door.main(["--from", str(trained / "checkpoints" / "15"), "--to", str(older), "--no-ema"])
+    door.main(["--from", str(older), "--to", str(again), "--no-ema"])
+    door.main(["--from", str(trained), "--to", str(newest)])
+    assert [convert.step(folder) for folder in (older, again, newest)] == [15, 15, 20]
+    last = duo_jax.load(trained / "checkpoints" / "15", ema=False)
+    for folder in (older, again):
+        equal(duo_jax.load(folder, ema=False).weights, last.weights)
+    assert read[:3] == [trained / "checkpoints" / "15", str(older), trained / "checkpoints" / "20"]
+
+
+def test_an_exported_folder_tells_the_hubs_readers_what_it_tells_us(tmp_path, params):
+    for algo in ALGORITHMS:
+        network = dataclasses.replace(params.network, algo=algo)
+        duo_jax.export(params.replace(network=network), tmp_path / algo, step=1234)
+        told = infer.facts(json.loads((tmp_path / algo / "config.json").read_text()))
+        assert told == {"algo": algo, "heads": 2, "length": 32, "dropout": 0.1}
+        assert "| training steps | 1,234 |" in (tmp_path / algo / "README.md").read_text()
+    duo_jax.export(params, tmp_path / "unknown")
+    assert "training steps" not in (tmp_path / "unknown" / "README.md").read_text()
+
+
 def test_training_starts_from_a_converted_folder(tmp_path, text_folder, params):
     duo_jax.export(params, tmp_path / "out")
     assert checkpoint.read(tmp_path / "out")[1] == {}
@@ -131,6 +163,20 @@ def test_a_ckpt_for_the_reference(tmp_path, state, params, asked):
         np.testing.assert_array_equal(value.numpy(), state[name])
     with pytest.raises(duo_jax.UserError, match="exists; give a new file"):
         duo_jax.export(params, path)
+
+
+def test_what_pytorch_is_given_to_write(tmp_path, params, asked, monkeypatch):
+    """As the test above, where there is no PyTorch: the last and the averaged weights are both there, and alike."""
+    stand_in = types.SimpleNamespace(from_numpy=lambda x: x, save=torch_files.save)
+    monkeypatch.setitem(sys.modules, "torch", stand_in)
+    path = tmp_path / "new" / "out.ckpt"
+    duo_jax.export(params, path, step=20)
+    monkeypatch.undo()
+    for ema in (True, False):
+        equal(duo_jax.load(path, ema=ema, **asked).weights, params.weights)
+    with contextlib.closing(pickled.Archive(path)) as archive:
+        assert (archive.root["global_step"], archive.root["ema"]["num_updates"]) == (20, 20)
+    assert [found.name for found in path.parent.iterdir()] == ["out.ckpt"]
 
 
 def test_a_ckpt_without_pytorch_is_refused(tmp_path, params, monkeypatch):

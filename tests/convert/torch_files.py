@@ -53,36 +53,49 @@ class _Storage:
     def __init__(self, array, key):
         self.array, self.key = array, key
 
+    def append(self, array):
+        """Puts more numbers at the end, and returns where they begin."""
+        begin = self.array.size
+        self.array = np.concatenate([self.array.ravel(), array.ravel()])
+        return begin
+
 
 class _Tensor:
     """What pickles as a tensor; a view keeps its strides."""
 
-    def __init__(self, storage, shape, strides, rebuild):
-        self.storage, self.shape, self.strides, self.rebuild = storage, shape, strides, rebuild
+    def __init__(self, storage, offset, shape, strides, rebuild):
+        self.storage, self.offset, self.shape, self.strides, self.rebuild = storage, offset, shape, strides, rebuild
 
     def __reduce__(self):
-        return self.rebuild, (self.storage, 0, self.shape, self.strides, False, OrderedDict())
+        return self.rebuild, (self.storage, self.offset, self.shape, self.strides, False, OrderedDict())
 
 
-def save(root, path, transposed=()):
+def save(root, path, transposed=(), together=(), byteorder="little"):
     """Writes `root`, a nest of dicts and lists with NumPy arrays, as `torch.save` would.
 
     Args:
         root: the object.
         path: of the file.
         transposed: keys whose two-dimensional tensors are views of their transposes.
+        together: keys whose tensors are parts of one storage.
+        byteorder: what the file says of the machine that wrote it.
     """
     names = [f"torch:{name}" for name in STORAGES.values()] + ["torch._utils:_rebuild_tensor_v2"]
     with modules(*names) as made:
-        storages = []
+        storages, shared = [], []
 
         def convert(value, key=None):
             if isinstance(value, np.ndarray):
                 array = np.ascontiguousarray(value.T if key in transposed else value)
                 strides = tuple(stride // value.itemsize for stride in array.strides)
-                storages.append(_Storage(array, str(len(storages))))
                 strides = strides[::-1] if key in transposed else strides
-                return _Tensor(storages[-1], value.shape, strides, made["_rebuild_tensor_v2"])
+                if key in together and shared:
+                    storage, offset = shared[0], shared[0].append(array)
+                else:
+                    storage, offset = _Storage(array, str(len(storages))), 0
+                    storages.append(storage)
+                    shared.extend([storage] if key in together else [])
+                return _Tensor(storage, offset, value.shape, strides, made["_rebuild_tensor_v2"])
             if isinstance(value, dict):
                 return type(value)((k, convert(v, k)) for k, v in value.items())
             return [convert(v) for v in value] if isinstance(value, list) else value
@@ -98,7 +111,7 @@ def save(root, path, transposed=()):
         Pickler(buffer, protocol=2).dump(convert(root))
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", buffer.getvalue())
-        file.writestr("archive/byteorder", "little")
+        file.writestr("archive/byteorder", byteorder)
         for storage in storages:
             file.writestr(f"archive/data/{storage.key}", storage.array.tobytes())
         file.writestr("archive/version", "3\n")
