@@ -107,7 +107,7 @@ def table(curves: Sequence[Curve], tokens: int) -> str:
         step = max(curve.heldout)
         seen = step * curve.settings["train.batch_size"] * curve.settings["model.length"]
         nll, error = per_token(curve, step, tokens), curve.last.get("heldout/stderr")
-        beside = f" ± {error:.4f}" if error else ""
+        beside = f" ± {error * curve.tokens / tokens:.4f}" if error else ""  # of the same tokens
         figures = f"{nll:.4f}{beside} | {nll / math.log(2):.4f} | {math.exp(nll):.2f}"
         algo = curve.settings["algo.name"]
         if algo == "duo":

@@ -9,7 +9,7 @@ import pytest
 
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
-from duo_jax.evaluation import compare
+from duo_jax.evaluation import compare, plots
 
 
 @pytest.fixture
@@ -64,14 +64,39 @@ def test_the_table_has_the_last_figures_of_each_run(run, tmp_path):
     assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_rows_count_whole_beside_an_autoregressive_run(run, tmp_path):
+def test_rows_count_whole_beside_an_autoregressive_run(run, tmp_path, monkeypatch):
     """Ten rows of 8: a run that predicts 7 of each has the same nats a row as one that spreads them over 8."""
-    runs = {"duo": run("duo", [(1, 3.5, 80)]), "ar": run("ar", [(1, 4.0, 70)], **{"algo.name": "ar"})}
+    drawn = []
+    monkeypatch.setattr(plots, "compared", lambda path, *told: drawn.append(told))
+    runs = {
+        "duo": run("duo", [(2, 3.5, 80), (1, 4.2, 80)]),
+        "ar": run("ar", [(1, 4.0, 70)], **{"algo.name": "ar"}),
+        "mdlm": run("mdlm", [(1, 3.5, 80)], **{"algo.name": "mdlm"}),
+    }
     compare.report(runs, tmp_path / "out")
     text = (tmp_path / "out" / "compare.md").read_text()
     assert cells(text, "duo")[4] == cells(text, "ar")[4] == "4.0000"
+    assert cells(text, "mdlm")[4] == "4.0000 ± 0.0571", "the error is of the same tokens"
     assert "70 held-out tokens" in text
     assert "BOS" in text
+    ((lines, levels, _),) = drawn
+    assert {name: [step for step, _ in line] for name, line in lines.items()} == {"duo": [1, 2], "ar": [1], "mdlm": [1]}
+    assert [ppl for line in lines.values() for _, ppl in line] == pytest.approx([math.exp(4.8), *[math.exp(4)] * 3])
+    assert levels == {"unigram": 60.0}
+    compare.report({"ar": runs["ar"]}, tmp_path / "alone")
+    assert "BOS" not in (tmp_path / "alone" / "compare.md").read_text()
+
+
+def test_a_run_of_an_older_version_that_logged_no_rate(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    older = tmp_path / run("older", [(1, 3.0, 80)])
+    settings = json.loads((older / "config.json").read_text())
+    del settings["eval"]["batches"], settings["data"]["packing"]
+    (older / "config.json").write_text(json.dumps(settings))
+    rows = (older / "metrics.jsonl").read_text().splitlines()
+    (older / "metrics.jsonl").write_text("".join(row + "\n" for row in rows if "tokens_per_s" not in row))
+    compare.report({"older": "~/older", "newer": run("newer", [(1, 3.0, 80)])}, tmp_path / "out")
+    assert cells((tmp_path / "out" / "compare.md").read_text(), "older")[-1] == "-"
 
 
 @pytest.mark.parametrize(
