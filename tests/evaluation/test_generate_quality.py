@@ -528,6 +528,28 @@ def test_texts_that_are_there_are_judged_as_they_are(samples, trained, judge, tm
     assert (out / "quality.png").exists()
 
 
+def test_files_of_texts_are_told_apart(samples, tmp_path):
+    file, result = samples
+    other = file.with_name("other.jsonl")
+    other.write_text("".join(reversed(file.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
+    args = types.SimpleNamespace(texts={"a": str(file), "b": str(other)}, num=3)
+    (about_a, a), (about_b, b) = judged_texts.already_written(args, {}).values()
+    np.testing.assert_array_equal(a()[0], result.tokens)
+    np.testing.assert_array_equal(b()[0], result.tokens[::-1])
+    # Another content under the same name is another set of texts.
+    file.write_bytes(other.read_bytes())
+    assert judged_texts.already_written(args, {})["a"][0] != about_a
+    assert about_a["checkpoint"] != about_b["checkpoint"]
+
+
+def test_a_network_is_of_the_step_that_it_tells(trained, monkeypatch):
+    """Of a run that goes on, which may have a newer checkpoint by the time that it is read."""
+    asked = []
+    monkeypatch.setattr(checkpoint, "read", lambda path, read=checkpoint.read: asked.append(path) or read(path))
+    assert judged_texts.opened(str(trained)).checkpoint == f"{trained} at step 20"
+    assert asked == [trained / "checkpoints" / "20"]
+
+
 def test_texts_away_from_their_folder_need_their_network(samples, trained, judge, tmp_path, door):
     file, out = samples[0].rename(tmp_path / "samples.jsonl"), tmp_path / "quality"
     flags = [

@@ -151,12 +151,80 @@ def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch):
         importlib.import_module("duo_jax.evaluation.harness_model")
 
 
-def test_a_context_is_cut_from_the_left_and_an_answer_at_its_end(model, params, monkeypatch):
+@pytest.fixture
+def told(monkeypatch):
+    """What likelihoods are asked for: of each its length, and that of the place `told.wrong` is not what is greedy."""
+    kept = types.SimpleNamespace(rows=[], firsts=[], keys=set(), n_samples=set(), wrong=None)
+
+    def continuation(weights, row, first, length, key, *, network, n_samples):
+        greedy = len(kept.rows) != kept.wrong
+        kept.rows.append(row[:length].tolist())
+        kept.firsts.append(first)
+        kept.keys.add(tuple(jax.random.key_data(key).tolist()))
+        kept.n_samples.add(n_samples)
+        return np.float32(length), np.bool_(greedy)
+
+    monkeypatch.setattr(likelihood, "continuation", continuation)
+    return kept
+
+
+def test_pieces_are_summed_and_greedy_where_all_are(params, told):
+    model = harness_model.Model(params, n_samples=5, seed=3)
+    text = "A", " b" * 100
+    pieces = list(model._rows(*model._split(*text)))
+    assert len(pieces) > 2
+    for told.wrong in (None, 0, len(pieces) - 1):
+        told.rows, told.firsts = [], []
+        ((value, greedy),) = model.loglikelihood([request(*text)])
+        assert value == -sum(len(row) for row, _ in pieces)
+        assert greedy == (told.wrong is None)
+        assert sorted(zip(told.rows, told.firsts, strict=True)) == sorted(pieces)
+    assert told.keys == {tuple(jax.random.key_data(jax.random.key(3)).tolist())}
+    assert told.n_samples == {5}
+
+
+def test_a_rolling_likelihood_is_given_bos_alone(model, params, told):
+    text = "The station is located in the centre of the town. " * 4
+    tokenizer = duo_jax.api.tokenizer_of(params.tokenizer)
+    model.loglikelihood_rolling([request(text)])
+    assert set(told.firsts) == {1}
+    written = [token for row in sorted(told.rows, key=len, reverse=True) for token in row[1:-1]]
+    assert written == tokenizer.encode(text)
+    assert {(row[0], row[-1]) for row in told.rows} == {(tokenizer.bos_id, tokenizer.eos_id)}
+
+
+def test_what_was_answered_is_kept_for_the_next_time(model, told, monkeypatch):
+    kept = []
+    model.set_cache_hook(types.SimpleNamespace(add_partial=lambda *what: kept.append(what)))
+    monkeypatch.setattr(
+        harness_model.api, "sample", lambda *_, infill, **__: types.SimpleNamespace(tokens=infill[0] + 5)
+    )
+    pair, text, generation = ("The", " town"), ("The town",), ("The", {"until": []})
+    found = model.loglikelihood([request(*pair)])
+    rolling = model.loglikelihood_rolling([request(*text)])
+    written = model.generate_until([request(*generation)])
+    assert kept == [
+        ("loglikelihood", pair, found[0]),
+        ("loglikelihood_rolling", text, rolling[0]),
+        ("generate_until", generation, written[0]),
+    ]
+
+
+def test_a_text_ends_before_the_first_of_its_stops():
+    text = "one, two. three"
+    assert harness_model._until(text, "two") == "one, "
+    assert harness_model._until(text, ["three", "", "two"]) == harness_model._until(text, ["two", "three"]) == "one, "
+    assert harness_model._until(text, []) == text
+
+
+def test_a_context_is_cut_from_the_left_and_an_answer_at_its_end(params, monkeypatch):
+    model = harness_model.Model(params, n_steps=5, seed=3)
     tokenizer, length = duo_jax.api.tokenizer_of(params.tokenizer), params.network.length
     written = tokenizer.encode("the station is in the north of the country, and the river")
     asked = []
 
-    def sample(params, n_steps, *, infill, each, **kwargs):
+    def sample(params, n_steps, *, seed, infill, each, **kwargs):
+        assert (n_steps, seed) == (5, 3)
         asked.append([np.array(part) for part in infill])
         tokens = asked[-1][0].copy()
         for row, held in zip(tokens, asked[-1][1], strict=True):
@@ -175,5 +243,7 @@ def test_a_context_is_cut_from_the_left_and_an_answer_at_its_end(model, params, 
     for row in held:
         assert row[: row.sum()].all()
     assert texts == [tokenizer.decode(written[:10]), tokenizer.decode(written[:4])]
-    ((tokens, _),) = asked
-    assert len(model.generate_until([request(short, {}), request(short, {"max_gen_toks": 3})])) == 2
+    assert len(model.generate_until([request(long, {}), request(short, {"max_gen_toks": 3})])) == 2
+    assert asked[-1][1][0].sum() == length - length // 2, (
+        "half the network's length is for the answer, unless asked otherwise"
+    )

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from duo_jax.errors import UserError
 from duo_jax.evaluation import rows
 
 BOS, EOS = 0, 1
@@ -34,6 +35,12 @@ def test_a_token_that_is_partly_the_prompts_is_scored():
         row, found = rows.after_prompt(prompt, text, PAIRS, 10)
         assert row == [BOS, *PAIRS.encode(prompt + text), EOS]
         assert found == given
+
+
+def test_a_prompt_and_its_text_may_fill_a_row():
+    assert len(rows.after_prompt("ab", "cd", PAIRS, 4)[0]) == 4
+    with pytest.raises(UserError, match="are 4 tokens with BOS and EOS, and the network reads 3"):
+        rows.after_prompt("ab", "cd", PAIRS, 3)
 
 
 @pytest.mark.parametrize("given", [0, 3])
