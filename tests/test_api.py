@@ -105,6 +105,39 @@ def test_progress_counts_steps(params, kwargs, steps, monkeypatch, capsys):
     np.testing.assert_array_equal(told.tokens, duo_jax.sample(params, **kwargs).tokens)
 
 
+def test_progress_of_an_autoregressive_network_counts_tokens(params, monkeypatch):
+    bars = []
+    plain = duo_jax.api.progress_lib.bar
+    monkeypatch.setattr(duo_jax.api.progress_lib, "bar", lambda **given: bars.append(plain(**given)) or bars[-1])
+    causal = params.replace(network=dataclasses.replace(params.network, algo="ar"))
+    duo_jax.sample(causal, length=20, batch_size=3, rows_at_once=2, progress=True)
+    (bar,) = bars
+    assert (bar.n, bar.total) == (2 * 19, 2 * 19)
+
+
+def test_all_that_is_asked_reaches_the_sampler(params, monkeypatch):
+    seen = []
+
+    def draw(weights, key, given, knobs, free, **static):
+        seen.append((jax.random.key_data(key).tolist(), given, knobs, free, static["settings"]))
+        return sampling.Walk(given.tokens, np.int32(1), np.int32(1))
+
+    monkeypatch.setattr(sampling.networks, "sample_tokens", draw)
+    monkeypatch.setattr(sampling.texts, "fetch", lambda x: x)
+    asked = {"sampler": "psi", "psi": "pure-pc", "noise_removal": "greedy", "early_stop": 3, "trajectory": False}
+    knobs = {"top_p": 0.9, "temperature": 0.7, "guidance": 1.5}
+    for seed in (0, 1):
+        duo_jax.sample(params, 7, seed=seed, prompt="The river", negative_prompt="A town", length=20, **asked, **knobs)
+    (first, given, told, free, settings), (second, *_) = seen
+    assert first != second
+    assert {name: float(getattr(told, name)) for name in knobs} == pytest.approx(knobs)
+    psi = sampling.Psi.throughout(asked.pop("psi"))
+    assert settings == sampling.Settings.for_network(params.network, 7, top_p=0.9, guided=True, psi=psi, **asked)
+    tokenizer = duo_jax.api.tokenizer_of(params.tokenizer)
+    for part, text in ((given, "The river"), (free, "A town")):
+        assert np.asarray(part.tokens)[np.asarray(part.held)].tolist() == [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
 def test_progress_of_samplers_within_and_beside_each_other(params, monkeypatch):
     """Each bar comes to its own end: the first counts its steps, those that begin before it has ended count texts."""
     bars = []
@@ -142,6 +175,20 @@ def test_score_estimates_the_bound(params):
     noise = np.random.default_rng(0).integers(0, 300, (8, 32))
     assert duo_jax.score(params, noise, n_samples=64).nll > many.nll + 3 * many.stderr
     assert np.isnan(duo_jax.score(params, text, n_samples=1).stderr)
+
+
+def test_the_error_of_a_score_is_that_of_the_mean_of_its_estimates(params, monkeypatch):
+    told = iter((10.0, 20.0, 60.0))
+    monkeypatch.setattr(likelihood, "nll_sum", lambda *_, **__: {"nll": next(told), "tokens": 10})
+    score = duo_jax.score(params, "The town", n_samples=3)
+    assert tuple(score) == pytest.approx((3, ((2**2 + 1**2 + 3**2) / 2 / 3) ** 0.5))
+
+
+def test_seeds_and_blocks_of_rows_have_noise_of_their_own(params):
+    row = [5] * 32
+    one, other = (duo_jax.score(params, [row] * 32, n_samples=1, seed=seed).nll for seed in (0, 1))
+    assert one != pytest.approx(other, rel=1e-6)
+    assert duo_jax.score(params, [row] * 64, n_samples=1).nll != pytest.approx(one, rel=1e-6)
 
 
 def test_a_text_may_end_where_its_document_does():
@@ -228,8 +275,14 @@ def test_scores_that_cannot_be_are_refused(params):
         duo_jax.score(params, "text", n_samples=0)
     with pytest.raises(duo_jax.UserError, match="token ids must lie in"):
         duo_jax.score(params, [1, 2, 300])
+    with pytest.raises(duo_jax.UserError, match="token ids must lie in"):
+        duo_jax.score(params, [1, 2, -1])
     with pytest.raises(duo_jax.UserError, match="differ in length"):
         duo_jax.score(params, [[1, 2], [3]])
+    with pytest.raises(duo_jax.UserError, match="must be from 0 to"):
+        duo_jax.score(params, "text", seed=-1)
+    with pytest.raises(duo_jax.UserError, match="whole numbers of shape"):
+        duo_jax.score(params, np.zeros((0, 3), int))
     with pytest.raises(duo_jax.UserError, match="whole numbers"):
         duo_jax.score(params, np.zeros((2, 3)))
     with pytest.raises(duo_jax.UserError, match="the text is empty"):
