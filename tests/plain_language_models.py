@@ -149,22 +149,27 @@ def write_gpt2(folder, w, bpe, prefix="", **config):
     return folder
 
 
-def write_llama(path, w, bpe, pre="gpt-2", architecture="llama", without=(), extra=(), fields=()):
-    """Writes weights as llama.cpp's converter does: `[out, in]`, the two rows of a rotary pair brought side by side."""
+def write_llama(path, w, bpe, spec=LLAMA, pre="gpt-2", architecture="llama", without=(), extra=(), fields=()):
+    """Writes weights as llama.cpp's converter does: `[out, in]`, the two rows of a rotary pair brought side by side.
+
+    What is so without being told is not told: as many key and value heads as others, and the rotary base 10,000.
+    """
     import gguf
 
     def permuted(rows, heads):
         return rows.reshape(heads, 2, rows.shape[0] // heads // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(LLAMA.context)
+    writer.add_context_length(spec.context)
     writer.add_embedding_length(DIM)
     writer.add_block_count(BLOCKS)
     writer.add_feed_forward_length(INNER)
-    writer.add_head_count(LLAMA.heads)
-    writer.add_head_count_kv(LLAMA.kv_heads)
-    writer.add_layer_norm_rms_eps(LLAMA.eps)
-    writer.add_rope_freq_base(LLAMA.rope_base)
+    writer.add_head_count(spec.heads)
+    if spec.kv_heads != spec.heads:
+        writer.add_head_count_kv(spec.kv_heads)
+    writer.add_layer_norm_rms_eps(spec.eps)
+    if spec.rope_base != 10_000:
+        writer.add_rope_freq_base(spec.rope_base)
     for key, value in dict(fields).items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
     model = json.loads(bpe.to_str())["model"]
@@ -179,8 +184,8 @@ def write_llama(path, w, bpe, pre="gpt-2", architecture="llama", without=(), ext
     for n in range(BLOCKS):
         block = jax.tree.map(lambda leaf, n=n: leaf[n], w["blocks"])
         tensors |= {f"blk.{n}.{name}": block[part]["kernel"].T for part, name in names.items()}
-        tensors[f"blk.{n}.attn_q"] = permuted(block["q"]["kernel"].T, LLAMA.heads)
-        tensors[f"blk.{n}.attn_k"] = permuted(block["k"]["kernel"].T, LLAMA.kv_heads)
+        tensors[f"blk.{n}.attn_q"] = permuted(block["q"]["kernel"].T, spec.heads)
+        tensors[f"blk.{n}.attn_k"] = permuted(block["k"]["kernel"].T, spec.kv_heads)
         tensors[f"blk.{n}.attn_norm"] = block["norm1"]["scale"]
         tensors[f"blk.{n}.ffn_norm"] = block["norm2"]["scale"]
     for name, x in tensors.items():

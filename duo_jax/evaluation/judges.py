@@ -83,6 +83,8 @@ def _gpt2(folder: Path, name: str) -> Judge:
         raise UserError(f"the judge's folder {folder} lacks {', '.join(missing)}.")
     try:
         config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no settings")
     except ValueError as error:
         raise UserError(f"{files['config.json']} cannot be read: {error}.") from error
     if config.get("model_type") != "gpt2":

@@ -1,11 +1,14 @@
 """Judges read from files score texts as the plain NumPy forward does, however the texts are batched."""
 
+import dataclasses
+import fnmatch
 import random
 import textwrap
 
 import numpy as np
 import plain_language_models as plain
 import pytest
+from tokenizers import Tokenizer, processors
 
 from duo_jax.data import sources
 from duo_jax.errors import UserError
@@ -61,6 +64,28 @@ def test_gpt2_with_its_names_prefixed_is_the_same(gpt2, bpe, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_tokenizer_that_adds_special_tokens_adds_none(folder, bpe):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{plain.END} $A", special_tokens=[(plain.END, bpe.token_to_id(plain.END))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert judges.load(str(folder)).encode(TEXTS[0]) == bpe.encode(TEXTS[0]).ids
+
+
+def test_a_judge_of_the_hub_is_fetched_whole(folder, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fetch(name, allow_patterns):
+        for path in list(folder.iterdir()):
+            if not any(fnmatch.fnmatch(path.name, wanted) for wanted in allow_patterns):
+                path.unlink()
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    assert judges.load("some/model").name == "some/model"
+
+
 @pytest.mark.parametrize("own_head", [False, True])
 def test_llama_from_gguf(bpe, tmp_path, own_head):
     pytest.importorskip("gguf")
@@ -72,6 +97,15 @@ def test_llama_from_gguf(bpe, tmp_path, own_head):
     np.testing.assert_array_equal(judge.weights["blocks"]["q"]["kernel"], w["blocks"]["q"]["kernel"])
     np.testing.assert_array_equal(judge.weights["blocks"]["k"]["kernel"], w["blocks"]["k"]["kernel"])
     check(judge, judge.spec, w, bpe)
+
+
+def test_a_llama_that_tells_of_nothing_special(bpe, tmp_path):
+    pytest.importorskip("gguf")
+    spec = dataclasses.replace(plain.LLAMA, kv_heads=4, eps=0.25, rope_base=10_000.0)
+    w = plain.weights(spec, bpe.get_vocab_size())
+    judge = judges.load(str(plain.write_llama(tmp_path / "tiny.gguf", w, bpe, spec)))
+    assert judge.spec == spec
+    check(judge, spec, w, bpe)
 
 
 def test_smollm_takes_digits_one_by_one(bpe, tmp_path):
@@ -178,6 +212,13 @@ def test_a_folder_with_a_damaged_file(folder, part):
         judges.load(str(folder))
 
 
+@pytest.mark.parametrize("content", ["[]", "5"])
+def test_a_config_of_another_kind(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json cannot be read: it holds no settings"):
+        judges.load(str(folder))
+
+
 def test_a_folder_with_another_model(gpt2, bpe, tmp_path):
     folder = plain.write_gpt2(tmp_path, gpt2[0], bpe, model_type="bert")
     with pytest.raises(UserError, match="holds a bert model"):
@@ -267,6 +308,14 @@ def test_a_gguf_of_another_kind(bpe, tmp_path, change, expected):
     w = plain.weights(plain.LLAMA, bpe.get_vocab_size())
     path = plain.write_llama(tmp_path / "tiny.gguf", w, bpe, **change)
     with pytest.raises(UserError, match=expected):
+        judges.load(str(path))
+
+
+def test_a_gguf_whose_tokenizer_has_no_boundary(bpe, tmp_path):
+    pytest.importorskip("gguf")
+    other = Tokenizer.from_str(bpe.to_str().replace(plain.END, "<|start|>"))
+    path = plain.write_llama(tmp_path / "tiny.gguf", plain.weights(plain.LLAMA, bpe.get_vocab_size()), other)
+    with pytest.raises(UserError, match=r"lacks <\|endoftext\|>"):
         judges.load(str(path))
 
 
