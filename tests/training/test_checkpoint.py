@@ -2,7 +2,11 @@
 
 import dataclasses
 import errno
+import json
 import shutil
+import sys
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -50,6 +54,7 @@ def save(tmp_path):
 @pytest.mark.parametrize(("before", "after"), [("float16", "float32"), ("float32", "float16"), ("float16", "float16")])
 def test_the_loss_scale_comes_and_goes_with_the_hardware(states, save, before, after):
     (state, _), (fresh, like) = states(before), states(after)
+    state = state.replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
     if before == "float16":
         scale = state.loss_scale
         state = state.replace(loss_scale=scale.replace(scale=scale.scale / 4))
@@ -64,12 +69,124 @@ def test_the_loss_scale_comes_and_goes_with_the_hardware(states, save, before, a
 def test_other_arrays_are_not_called_damage(states, save):
     state, like = states("float32")
     checkpoints = save(state)
+    longer = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype, sharding=x.sharding), like.params["head"]
+    )
     for other, name in (
         (like.replace(teacher={"w": like.step}), "rest: teacher.w"),
         (like.replace(ema={**like.ema, "head": {}}), "ema: head"),
+        (like.replace(params={**like.params, "head": longer}), "params: head"),
     ):
         with pytest.raises(UserError, match=f"holds other arrays than .*{name}"):
             checkpoints.restore(0, other)
+
+
+def test_a_step_is_saved_once(states, save):
+    state, like = states("float32")
+    checkpoints = save(state)
+    checkpoints.save(state, {"batches": 8}, {})
+    assert checkpoints.restore(0, like)[1] == {"batches": 7}
+
+
+def test_what_writing_raised_is_told(states, save, monkeypatch):
+    """In the background, where it ends nothing by itself: by the next checkpoint, and at the end."""
+    state, _ = states("float32")
+    checkpoints = save(state)
+    failed = [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("another error")]
+    errors = iter(failed * 3)
+
+    def wait(_):
+        raise next(errors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "wait_until_finished", wait)
+        closed = []
+        patch.setattr(checkpoint.ocp.CheckpointManager, "close", lambda manager: closed.append(manager))
+        for call in (
+            checkpoints.wait,
+            checkpoints.close,
+            lambda: checkpoints.save(state.replace(step=state.step + 1), {}, {}),
+        ):
+            with pytest.raises(UserError, match=r"is full; the newest whole checkpoint is step 0\."):
+                call()
+            with pytest.raises(RuntimeError, match="another error"):
+                call()
+    assert len(closed) == 2, "the folder is let go of nevertheless"
+    assert checkpoints.latest() == 0
+
+
+def test_the_disk_must_hold_so_many_checkpoints(states, save, monkeypatch):
+    state, _ = states("float32")
+    checkpoints = save(state)
+    need = 2 * sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
+    free = types.SimpleNamespace(free=need)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: free)
+    checkpoints.check_space(state, 2)
+    free.free -= 1
+    with pytest.raises(UserError, match="2 at a time"):
+        checkpoints.check_space(state, 2)
+
+
+def test_a_full_disk_is_seen_behind_other_errors():
+    full = OSError(errno.ENOSPC, "x")
+    chained, during = ValueError("outer"), KeyError("outer")
+    chained.__cause__ = during.__context__ = full
+    outermost = RuntimeError("outermost")
+    outermost.__cause__ = during
+    for error in (full, chained, during, outermost, Exception("RESOURCE_EXHAUSTED: No space left on device")):
+        assert checkpoint._full_disk(error)
+    assert not checkpoint._full_disk(OSError(errno.EACCES, "x"))
+
+
+def test_only_what_abandoned_reads_say_is_left_out(trained):
+    before, told = sys.unraisablehook, []
+    checkpoint.read(trained)
+    assert sys.unraisablehook is before
+    for said in ("Event loop is closed", "Error while reading array index x", "something else"):
+        checkpoint._drop_echoes(told.append, types.SimpleNamespace(exc_value=RuntimeError(said)))
+    assert [str(unraisable.exc_value) for unraisable in told] == ["something else"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda about: about.update(format=2), "has format 2; this version of duo_jax reads format 1"),
+        (lambda about: about["network"].update(rotary="none"), "is no checkpoint of duo_jax, or a damaged one.*rotary"),
+        (lambda about: about.pop("network"), "is no checkpoint of duo_jax, or a damaged one"),
+    ],
+)
+def test_the_record_of_another_version_is_refused(trained, tmp_path, change, message):
+    shutil.copytree(trained / "checkpoints" / "20", tmp_path / "checkpoints" / "20")
+    path = tmp_path / "checkpoints" / "20" / "record" / "metadata"
+    about = json.loads(path.read_text())
+    change(about)
+    path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=message):
+        checkpoint.read(tmp_path)
+
+
+def test_what_a_path_means(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(trained.parent))
+    assert checkpoint.find(f"~/{trained.name}") == (trained, 20)
+    monkeypatch.chdir(trained / "checkpoints" / "15")
+    for path, step in ((".", 15), ("..", 20), ("../..", 20)):
+        assert checkpoint.find(path) == (trained, step)
+        assert checkpoint.is_run(Path(path))
+    last = checkpoint.load(".", ema=False)
+    assert last.averaged is False
+    with pytest.raises(UserError, match="is a run of duo_jax, which tells all of its network; leave out algo, heads"):
+        checkpoint.load(trained, algo="duo", heads=2)
+    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.find(tmp_path / "checkpoints" / "best")
+    monkeypatch.setattr(checkpoint.ocp.utils, "checkpoint_steps", lambda _: [20, 15])  # as a disk may list them
+    assert checkpoint.find(trained) == (trained, 20)
+
+
+def test_a_run_is_no_converted_folder_whatever_lies_in_it(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"")
+    assert checkpoint.load(tmp_path / "run").network.vocab_size == 300
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
@@ -102,9 +219,13 @@ def test_a_damaged_checkpoint_gets_one_line(trained, text_folder, tmp_path, lost
         (errno.EINVAL, "is damaged"),
     ],
 )
-def test_what_may_be_read_another_time_is_not_called_damaged(trained, number, expected, monkeypatch):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_may_be_read_another_time_is_not_called_damaged(trained, number, expected, wrapped, monkeypatch):
     def fail(*_, **__):
-        raise OSError(number, "the disk says so")
+        error = OSError(number, "the disk says so")
+        if wrapped:
+            raise ValueError("an array cannot be read") from error
+        raise error
 
     monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "metadata", fail)
     with pytest.raises(UserError, match=expected) as told:
