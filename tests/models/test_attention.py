@@ -159,8 +159,10 @@ def test_another_name_is_refused():
         attention.choose("flash", Hardware("cpu"), dtype=jnp.float32, head_dim=8, length=4)
 
 
-@pytest.mark.parametrize(("named", "expected"), [("8.0", 8.0), ("gfx942", 0.0), (None, 0.0)])
+@pytest.mark.parametrize(("named", "expected"), [("8.6", 8.6), ("12.0", 12.0), ("gfx942", 0.0), (None, 0.0)])
 def test_the_compute_capability_of_any_gpu_is_a_number(named, expected, monkeypatch):
     device = types.SimpleNamespace(platform="gpu", compute_capability=named, memory_stats=lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert hardware.present().compute_capability == expected
+    assert hardware.present() == Hardware("gpu", expected, None)
+    device.memory_stats = lambda: {"bytes_in_use": 1, "bytes_limit": 7, "peak_bytes_in_use": 3}
+    assert hardware.present().memory == 7

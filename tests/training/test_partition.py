@@ -116,7 +116,12 @@ def test_a_batch_or_mesh_that_does_not_divide_is_refused():
     config.fsdp = 3
     with pytest.raises(UserError, match="but there are"):
         partition.create_mesh(config, jax.devices() * 4)
-    config.fsdp = 2
+    config.fsdp = 1
+    for data in (3, 5):
+        config.data = data
+        with pytest.raises(UserError, match=rf"data x fsdp = {data} x 1 devices, but there are 4"):
+            partition.create_mesh(config, jax.devices() * 4)
+    config.data, config.fsdp = -1, 2
     wide = partition.create_mesh(config, jax.devices() * 4)
     with pytest.raises(UserError, match="is 6, which 4 devices do not divide; 8 would do"):
         partition.check_batch(wide, "train.batch_size", 6)

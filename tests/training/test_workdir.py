@@ -1,6 +1,10 @@
 """A run's folder: what is no place for a run is refused before any work, and two processes do not share one."""
 
+import errno
+import fcntl
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers import make_config, tiny_settings, trained_settings
@@ -58,6 +62,85 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(trained, setti
     with pytest.raises(UserError, match="run/checkpoints cannot be written: Permission denied"):
         loop.train(make_config(settings), str(tmp_path / "run"))
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_file_is_tried_and_left_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    files.check_file(file)
+    assert not list(tmp_path.iterdir())
+    file.write_text("kept")
+    files.check_file(file)
+    assert file.read_text() == "kept"
+    real = Path.open
+
+    def fails(path, mode="r", *args, **kwargs):  # as for a user who may read it only
+        if path == file and set(mode) & set("+wax"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: Permission denied"):
+        files.check_file(file)
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_lock_is_on_the_file_that_is_there(tmp_path, monkeypatch, made_anew):
+    """Another process, which had it before, may remove the file between its opening here and its lock."""
+    path, flock, calls = tmp_path / "lock", fcntl.flock, []
+
+    def late(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            path.unlink()
+            if made_anew:
+                path.touch()
+        flock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with files.acquire(path, block=True) as file:
+        assert os.path.samestat(os.fstat(file.fileno()), path.stat())
+        assert len(calls) == 2
+        assert files.acquire(path, block=False) is None
+
+
+def test_a_disk_that_knows_no_locks_is_used_without(tmp_path, monkeypatch):
+    code = errno.ENOLCK
+
+    def fails(*_):
+        raise OSError(code, "the disk says so")
+
+    monkeypatch.setattr(files.fcntl, "flock", fails)
+    with files.locked(tmp_path / "lock", lambda: pytest.fail("nobody has it")):
+        assert (tmp_path / "lock").exists()
+    assert not list(tmp_path.iterdir())
+    code = errno.EIO
+    with pytest.raises(OSError, match="the disk says so"):
+        files.acquire(tmp_path / "lock", block=True)
+
+
+def test_a_lock_is_waited_for_where_that_is_wanted(tmp_path):
+    path, told = tmp_path / "lock", []
+    first = files.acquire(path, block=False)
+
+    def busy():
+        told.append("busy")
+        path.unlink()
+        first.close()
+
+    with files.locked(path, busy):
+        assert told == ["busy"]
+        assert files.acquire(path, block=False) is None
+    assert not path.exists()
+
+
+def test_a_package_is_found_without_being_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "with_data").mkdir()
+    (tmp_path / "with_data" / "__init__.py").write_text("raise ImportError('a dependency is missing')")
+    (tmp_path / "a_folder_of_this_name").mkdir()
+    assert files.package_folder("with_data") == tmp_path / "with_data"
+    assert files.package_folder("a_folder_of_this_name") is None
+    assert files.package_folder("no_such_package") is None
 
 
 def test_a_second_process_is_refused(settings, text_folder, tmp_path):
