@@ -81,8 +81,9 @@ def test_heads_without_a_rotary_buffer(tmp_path, state, asked):
     torch_files.save(broken(state, **{"rotary_emb.inv_freq": None}), tmp_path / "a.pt")
     with pytest.raises(duo_jax.UserError, match="give the number of --heads"):
         duo_jax.load(tmp_path / "a.pt", **asked)
-    with pytest.raises(duo_jax.UserError, match="cannot be split into 3 heads"):
-        duo_jax.load(tmp_path / "a.pt", heads=3, **asked)
+    for heads in (3, 32):
+        with pytest.raises(duo_jax.UserError, match=f"cannot be split into {heads} heads"):
+            duo_jax.load(tmp_path / "a.pt", heads=heads, **asked)
     assert duo_jax.load(tmp_path / "a.pt", heads=4, **asked).network.heads == 4
 
 

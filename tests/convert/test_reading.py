@@ -28,6 +28,7 @@ def test_a_lightning_checkpoint_gives_its_averaged_or_its_last_weights(tmp_path,
     assert read.network.heads == 2, "as the rotary buffer shows"
     assert (read.network.dim, read.network.blocks, read.network.cond_dim, read.network.vocab_size) == (32, 2, 16, 300)
     raw = duo_jax.load(path, ema=False, **asked)
+    assert (read.averaged, raw.averaged) == (True, False)
     equal(raw.weights, jax.tree.map(lambda x: np.asarray(x) + np.float32(1), params.weights))
 
 
@@ -95,7 +96,9 @@ def test_the_config_in_a_lightning_checkpoint_is_read_and_its_tokenizer_skipped(
 def test_views_and_half_precision_are_read(tmp_path, state, params, asked):
     keys = [key for key in state if key.endswith("attn_qkv.weight")]
     torch_files.save(state, tmp_path / "a.pt", transposed=keys)
-    equal(duo_jax.load(tmp_path / "a.pt", **asked).weights, params.weights)
+    read = duo_jax.load(tmp_path / "a.pt", **asked)
+    equal(read.weights, params.weights)
+    assert read.averaged is None, "a state dict does not tell"
     half = {key: value.astype(jnp.bfloat16) for key, value in state.items()}
     torch_files.save(half, tmp_path / "half.pt")
     save_file({f"backbone.{k}": v for k, v in half.items()}, tmp_path / "half.safetensors")
@@ -158,6 +161,26 @@ def test_hub_folders(tmp_path, state, params, tokenizer, config, name, expected)
     read = duo_jax.load(folder, tokenizer=tokenizer)
     assert (read.network.algo, read.network.length) == expected
     equal(read.weights, params.weights)
+
+
+def test_of_two_files_in_a_folder_the_safe_one_is_read(tmp_path, state, params, asked):
+    save_file(dict(state), tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"nonsense")
+    equal(duo_jax.load(tmp_path, **asked).weights, params.weights)
+
+
+@pytest.mark.parametrize(
+    ("config", "step"), [({"duo_jax": {"step": 7}}, 7), ({"duo_jax": {"step": "7"}}, 0), ({"duo_jax": 7}, 0), ({}, 0)]
+)
+def test_the_step_of_a_folder(tmp_path, config, step):
+    assert convert.step(tmp_path) == 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert convert.step(tmp_path) == step
+
+
+def test_what_is_no_number_is_not_told():
+    told = {"n_heads": "twelve", "model_length": 64, "dropout": None, "noise": {"type": "loglinear", "eps": "small"}}
+    assert infer.facts(told) == {"length": 64, "schedule": "log_linear"}
 
 
 def test_an_autoregressive_network_is_known_by_its_layout(tmp_path, tokenizer):

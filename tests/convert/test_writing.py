@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch_files
 from helpers import command, make_config, run, trained_settings
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch_files import equal, lightning
 
 import duo_jax
@@ -32,6 +32,9 @@ def test_export_reads_back_bit_for_bit(tmp_path, params, trained):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "tokenizer",
     ]  # fmt: skip
+    with safe_open(tmp_path / "out" / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}, "transformers refuses files without it"
+        assert all(key.startswith("backbone.") for key in file.keys())  # noqa: SIM118
     assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir() if p.is_file()}) == 1, "readable alike"
     a, b = (duo_jax.sample(p, n_steps=4, seed=3).tokens for p in (params, read))
     np.testing.assert_array_equal(a, b)
@@ -69,6 +72,17 @@ def test_the_name_of_a_file_is_no_folder(tmp_path, params):
     for name in ("a.pt", "a.safetensors"):
         with pytest.raises(duo_jax.UserError, match="is the name of a file; give a folder"):
             duo_jax.export(params, tmp_path / name)
+
+
+def test_what_is_there_is_not_written_over(tmp_path, params, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(duo_jax.UserError, match="exists and is not empty"):
+        duo_jax.export(params, "~/file")
+    assert (tmp_path / "file").read_text() == "kept"
+    duo_jax.export(params, "~/empty")
+    equal(duo_jax.load(tmp_path / "empty").weights, params.weights)
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, params):
@@ -176,6 +190,16 @@ def test_what_pytorch_is_given_to_write(tmp_path, params, asked, monkeypatch):
         equal(duo_jax.load(path, ema=ema, **asked).weights, params.weights)
     with contextlib.closing(pickled.Archive(path)) as archive:
         assert (archive.root["global_step"], archive.root["ema"]["num_updates"]) == (20, 20)
+        assert all(key.startswith("backbone.") for key in archive.root["state_dict"])
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:595] . unexpected pos 64\nmore")
+
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(from_numpy=lambda x: x, save=full))
+    with pytest.raises(duo_jax.UserError, match=r"other\.ckpt cannot be written: .* unexpected pos 64\.$"):
+        duo_jax.export(params, path.with_name("other.ckpt"))
+    with pytest.raises(duo_jax.UserError, match="exists; give a new file"):
+        duo_jax.export(params, path)
     assert [found.name for found in path.parent.iterdir()] == ["out.ckpt"]
 
 

@@ -542,6 +542,16 @@ def test_files_of_texts_are_told_apart(samples, tmp_path):
     assert about_a["checkpoint"] != about_b["checkpoint"]
 
 
+def test_a_tokenizer_must_make_every_text_of_its_tokens(samples):
+    file, _ = samples
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows[-1]["text"] += "!"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert len(judged_texts.written(file, {}, 2)[0]) == 2
+    with pytest.raises(UserError, match="holds tokens that no tokenizer at hand makes its texts of"):
+        judged_texts.written(file, {}, 3)
+
+
 def test_a_network_is_of_the_step_that_it_tells(trained, monkeypatch):
     """Of a run that goes on, which may have a newer checkpoint by the time that it is read."""
     asked = []
