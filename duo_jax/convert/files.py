@@ -153,7 +153,7 @@ def _fetched(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[_CONFIG, *_FOLDER_FILES, f"{_TOKENIZER}/*"]))
     except (OSError, ValueError) as error:  # the library's own errors are among these
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} is no file or folder here, and the hub does not give it: {reason}") from error
 
 

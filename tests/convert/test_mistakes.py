@@ -254,3 +254,10 @@ def test_a_hub_id_is_fetched_or_refused_in_one_line(tmp_path, params, monkeypatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(duo_jax.UserError, match=r"the hub does not give it: cannot find it$"):
         duo_jax.load("somebody/something")
+
+    def wait(name, **_):
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", wait)
+    with pytest.raises(duo_jax.UserError, match=r"the hub does not give it: TimeoutError$"):
+        duo_jax.load("somebody/something")
