@@ -143,3 +143,11 @@ def test_only_large_arrays_are_split():
     specs = {name: sharding.spec for name, sharding in partition.state_shardings(mesh, shapes).items()}
     assert tuple(specs["big"]) == (None, "fsdp")
     assert all(not any(specs[name]) for name in ("odd", "small", "step"))
+
+
+def test_each_device_has_rows_of_its_own():
+    config = config_lib.default().mesh
+    config.fsdp = 2
+    mesh = partition.create_mesh(config, jax.devices() * 4)
+    assert partition.batch_sharding(mesh).shard_shape((8, 3)) == (2, 3)
+    assert partition.replicated(mesh).shard_shape((8, 3)) == (8, 3)
