@@ -137,10 +137,10 @@ def test_a_runs_checkpoint_and_its_step_are_converted(tmp_path, trained, monkeyp
 
 def test_an_exported_folder_tells_the_hubs_readers_what_it_tells_us(tmp_path, params):
     for algo in ALGORITHMS:
-        network = dataclasses.replace(params.network, algo=algo)
+        network = dataclasses.replace(params.network, algo=algo, length=48)
         duo_jax.export(params.replace(network=network), tmp_path / algo, step=1234)
         told = infer.facts(json.loads((tmp_path / algo / "config.json").read_text()))
-        assert told == {"algo": algo, "heads": 2, "length": 32, "dropout": 0.1}
+        assert told == {"algo": algo, "heads": 2, "length": 48, "dropout": 0.1}
         assert "| training steps | 1,234 |" in (tmp_path / algo / "README.md").read_text()
     duo_jax.export(params, tmp_path / "unknown")
     assert "training steps" not in (tmp_path / "unknown" / "README.md").read_text()

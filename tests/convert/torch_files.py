@@ -70,7 +70,17 @@ class _Tensor:
         return self.rebuild, (self.storage, self.offset, self.shape, self.strides, False, OrderedDict())
 
 
-def save(root, path, transposed=(), together=(), byteorder="little"):
+class _Parameter:
+    """What pickles as a parameter, of which a tensor is the data."""
+
+    def __init__(self, tensor, rebuild):
+        self.tensor, self.rebuild = tensor, rebuild
+
+    def __reduce__(self):
+        return self.rebuild, (self.tensor, True, OrderedDict())
+
+
+def save(root, path, transposed=(), together=(), parameters=(), byteorder="little"):
     """Writes `root`, a nest of dicts and lists with NumPy arrays, as `torch.save` would.
 
     Args:
@@ -78,9 +88,13 @@ def save(root, path, transposed=(), together=(), byteorder="little"):
         path: of the file.
         transposed: keys whose two-dimensional tensors are views of their transposes.
         together: keys whose tensors are parts of one storage.
+        parameters: keys whose tensors are parameters.
         byteorder: what the file says of the machine that wrote it.
     """
-    names = [f"torch:{name}" for name in STORAGES.values()] + ["torch._utils:_rebuild_tensor_v2"]
+    names = [f"torch:{name}" for name in STORAGES.values()] + [
+        "torch._utils:_rebuild_tensor_v2",
+        "torch._utils:_rebuild_parameter",
+    ]
     with modules(*names) as made:
         storages, shared = [], []
 
@@ -95,7 +109,8 @@ def save(root, path, transposed=(), together=(), byteorder="little"):
                     storage, offset = _Storage(array, str(len(storages))), 0
                     storages.append(storage)
                     shared.extend([storage] if key in together else [])
-                return _Tensor(storage, offset, value.shape, strides, made["_rebuild_tensor_v2"])
+                tensor = _Tensor(storage, offset, value.shape, strides, made["_rebuild_tensor_v2"])
+                return _Parameter(tensor, made["_rebuild_parameter"]) if key in parameters else tensor
             if isinstance(value, dict):
                 return type(value)((k, convert(v, k)) for k, v in value.items())
             return [convert(v) for v in value] if isinstance(value, list) else value

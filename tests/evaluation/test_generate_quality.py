@@ -542,6 +542,18 @@ def test_files_of_texts_are_told_apart(samples, tmp_path):
     assert about_a["checkpoint"] != about_b["checkpoint"]
 
 
+def test_a_text_beside_texts_alone_is_as_long_as_they_are_or_as_is_asked(samples, tmp_path):
+    file, _ = samples
+    (tmp_path / "text.txt").write_text("The town lies on the river's bank, and is old.\n\n" * 20, encoding="utf-8")
+    for asked, length in ((None, 24), (16, 16)):
+        args = types.SimpleNamespace(
+            heldout=str(tmp_path / "text.txt"), field="text", num=2, length=asked, texts={"old": str(file)}
+        )
+        about, read = judged_texts.reference(args, {}, judged_texts.already_written(args, {}))
+        assert about["length"] == length
+        assert read()[0].shape == (2, length)
+
+
 def test_a_tokenizer_must_make_every_text_of_its_tokens(samples):
     file, _ = samples
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -71,6 +71,7 @@ def test_a_torch_state_dict_of_what_load_gives_and_of_parameters_alone():
     whole = convert.to_torch(Params(weights=weights, network=net, tokenizer="gpt2"))
     bare = convert.to_torch(weights)
     assert set(whole) - set(bare) == {arrays.INVERSE_FREQUENCY}
+    jax.tree.map(np.testing.assert_array_equal, convert.to_torch({"params": weights}), bare)
     for state in (whole, bare, {f"backbone.{key}": value for key, value in whole.items()}):
         jax.tree.map(np.testing.assert_array_equal, convert.from_torch(state), jax.device_get(weights))
 

@@ -442,6 +442,7 @@ def test_the_sample_mode_writes_what_was_asked(trained, text_folder, tmp_path, c
         ("duo_base", {"prompt": "a", "infill": "b ___"}, "both given"),
         ("duo_base", {"prompt": "a \ud800 b"}, "cannot encode"),
         ("duo_base", {"prompt": ["a", "b"]}, "2 prompts or infill texts were given for 1 texts"),
+        ("duo_base", {"prompt": ["a", "b"], "batch_size": 3}, "2 prompts or infill texts were given for 3 texts"),
         ("duo_base", {"sampler": "autoregressive"}, "does not fit a network of the uniform process"),
         ("duo_base", {"guidance": 2.0}, "no prompt or infill to be guided by"),
         ("duo_base", {"negative_prompt": "x"}, "guidance is 1"),
