@@ -96,7 +96,7 @@ def test_llama_from_gguf(bpe, tmp_path, own_head):
     assert (judge.name, judge.spec.kv_heads, judge.spec.context) == ("tiny", 2, plain.LLAMA.context)
     np.testing.assert_array_equal(judge.weights["blocks"]["q"]["kernel"], w["blocks"]["q"]["kernel"])
     np.testing.assert_array_equal(judge.weights["blocks"]["k"]["kernel"], w["blocks"]["k"]["kernel"])
-    check(judge, judge.spec, w, bpe)
+    check(judge, plain.LLAMA, w, bpe)
 
 
 def test_a_llama_that_tells_of_nothing_special(bpe, tmp_path):
