@@ -10,7 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from duo_jax import hardware
-from duo_jax.errors import UserError
+from duo_jax.errors import UserError, first_line
 
 # What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 _SHARE = 0.75
@@ -118,7 +118,7 @@ def compiling_for(name: str, count: int = 1) -> Iterator[list[jax.Device]]:
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"--device={name} needs the compiler for CUDA, though no GPU: pip install -e .[cuda]. JAX says: "
-            f"{str(error).splitlines()[0]}"
+            + first_line(error)
         ) from error
     with hardware.compiling_for(gpu.hardware):
         yield list(topology.devices)

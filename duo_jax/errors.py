@@ -1,8 +1,15 @@
 """The one exception for what a user can put right: a wrong flag, a missing file, a batch that does not divide."""
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """A mistake in the input, told in one sentence: what is wrong and what to do.
 
     Library code raises it; the command line prints its text as one line, without a traceback, and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an exception says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

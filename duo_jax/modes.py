@@ -17,7 +17,7 @@ from duo_jax import config as config_lib
 from duo_jax.data import prepare, text_sets
 from duo_jax.data.packing import Store
 from duo_jax.data.tokenizer import Tokenizer
-from duo_jax.errors import UserError
+from duo_jax.errors import UserError, first_line
 from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint, loop, partition
 from duo_jax.training import run as run_lib
@@ -254,7 +254,7 @@ def run(config: ConfigDict, workdir: str) -> int | None:
             jax.distributed.initialize(**place)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"config.distributed is set, but the hosts did not find each other: {str(error).splitlines()[0]} Start it "
+                f"config.distributed is set, but the hosts did not find each other: {first_line(error)} Start it "
                 "under SLURM, Open MPI or on a TPU pod, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
                 "JAX_PROCESS_ID; or leave it out on a single host."
             ) from error

@@ -23,7 +23,7 @@ import numpy as np
 
 from duo_jax.config import ALGORITHMS
 from duo_jax.convert import arrays, card, infer, pickled
-from duo_jax.errors import UserError
+from duo_jax.errors import UserError, first_line
 from duo_jax.models.network import Network, Params, Weights
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _fetched(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[_CONFIG, *_FOLDER_FILES, f"{_TOKENIZER}/*"]))
     except (OSError, ValueError) as error:  # the library's own errors are among these
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{name} is no file or folder here, and the hub does not give it: {reason}") from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from duo_jax.convert import arrays
-from duo_jax.errors import UserError
+from duo_jax.errors import UserError, first_line
 from duo_jax.models.network import Params
 
 # Lightning brings files of older versions up to date by this; the reference was written for 2.2.
@@ -60,7 +60,7 @@ def write_lightning(params: Params, path: str | Path, *, step: int = 0) -> None:
             torch.save(whole, file)
         aside.rename(path)
     except (OSError, RuntimeError) as error:  # PyTorch's own word for a full disk is a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} cannot be written: {reason}.") from error
     finally:
         aside.unlink(missing_ok=True)

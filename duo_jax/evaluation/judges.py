@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duo_jax.errors import UserError
+from duo_jax.errors import UserError, first_line
 from duo_jax.evaluation.judge import BOUNDARY, Judge
 from duo_jax.files import package_folder
 from duo_jax.models.language_model import Spec, Weights
@@ -62,7 +62,7 @@ def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises many kinds, all of them about reaching or finding it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"the judge {repository} cannot be fetched ({reason}); give a local folder, or smollm2."
         ) from error

@@ -164,9 +164,7 @@ def evaluate(
         for draw in range(draws):
             noise = jax.random.fold_in(first, draw) if draw else first
             sums.append(nll_sum(weights, on_device, noise, network=network, mesh=mesh))
-            if (
-                len(sums) > 1
-            ):  # one is queued, never all of them: that bounds their memory, and a bar tells what is done
+            if len(sums) > 1:  # one is queued, never all: that bounds their memory, and a bar tells what is done
                 sums[-2] = jax.device_get(sums[-2])
     sums = jax.device_get(sums)
     nats, tokens = (np.array([s[name] for s in sums], np.float64).reshape(-1, draws) for name in ("nll", "tokens"))
