@@ -44,8 +44,8 @@ _FEWEST = 20  # draws expected in a bin of the chi-squared test
 
 STEP_COLUMNS = {
     "case": "case", "dtype": "dtype", "loss": "loss", "loss_error": "loss off by", "bound_error": "bound",
-    "scalar_allowed": "of", "embed_error": "gradient: embedding", "blocks_error": "blocks", "head_error": "head",
-    "rest_error": "the rest", "gradient_allowed": "of", "agrees": "agrees",
+    "scalar_allowed": "allowed", "embed_error": "gradient: embedding", "blocks_error": "blocks", "head_error": "head",
+    "rest_error": "the rest", "gradient_allowed": "allowed", "agrees": "agrees",
 }  # fmt: skip
 DRAW_COLUMNS = {
     "case": "case", "top_p": "top_p", "draws": "draws", "bins": "bins", "chi_squared": "chi squared",
@@ -212,7 +212,8 @@ def run(config: ConfigDict, options: Any) -> dict[str, Any]:
         raise UserError(f"--draws is {options.draws}; it must be at least 1.")
     cases = [programs.Case.parse(name) for name in options.cases] or programs.all_cases()
     size = programs.vocabulary(config, options.vocab_size)
-    exact = programs.changed(config, {"precision": "float32", "model.attention": "xla"})
+    one_cpu = {"precision": "float32", "model.attention": "xla", "mesh.data": -1, "mesh.fsdp": 1}
+    exact = programs.changed(config, one_cpu)
     drawing = [
         programs.changed(
             config, {"algo.name": named.algo, "sample.sampler": named.sampler, "sample.top_p": top_p,

@@ -37,6 +37,8 @@ def show(value: Any) -> str:
     """Returns a cell: three digits of a fraction, whole numbers with their thousands apart."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -41,6 +41,7 @@ def test_half_precision_agrees(tmp_path):
     assert 1e-4 < row["gradient_error"] < row["gradient_allowed"]  # the two did not compute the same
     assert row["loss_error"] > 0
     assert "| duo:topk | bfloat16 |" in result.stdout
+    assert "yes |" in result.stdout
 
 
 @pytest.mark.parametrize(
