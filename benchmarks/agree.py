@@ -34,7 +34,7 @@ from duo_jax.sampling import Settings, engine
 # as many digits as float16.
 _ROUNDING = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # So many roundings may add up in a loss or bound, and in a part of the gradient, which has passed through all blocks twice.
-_SCALAR, _GRADIENT = 2, 6
+_SCALAR, _GRADIENT = 2, 8
 PARTS = ("embed", "blocks", "head", "rest")
 # A gradient in float16 is of a loss times this: not so large that it overflows with weights that know nothing.
 _LOSS_SCALE = 2.0**8
