@@ -33,8 +33,9 @@ from duo_jax.sampling import Settings, engine
 # How far an element of a product may be off, in each type, relative to itself. A GPU multiplies float32 in TF32, which keeps
 # as many digits as float16.
 _ROUNDING = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# So many roundings may add up in a loss or bound, and in a part of the gradient, which has passed through all blocks twice.
-_SCALAR, _GRADIENT = 2, 8
+# What so many roundings make of a loss or bound, where they average out, and of a part of the gradient: ten times
+# and twice what networks of 8 and 12 blocks show.
+_SCALAR, _GRADIENT = 0.25, 8
 PARTS = ("embed", "blocks", "head", "rest")
 # A gradient in float16 is of a loss times this: not so large that it overflows with weights that know nothing.
 _LOSS_SCALE = 2.0**8

@@ -73,8 +73,8 @@ def test_samplers_draw_what_they_should(sampler, top_p):
 @pytest.mark.parametrize(
     "wrong",
     [
-        step(loss=4.1),
-        step(bound=5.1),
+        step(loss=4.01),
+        step(bound=5.01),
         step(loss=np.nan),
         scaled("blocks", 1.1),
         scaled("head", -1.0),
