@@ -38,7 +38,7 @@ _ROUNDING = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _SCALAR, _GRADIENT = 0.25, 8
 PARTS = ("embed", "blocks", "head", "rest")
 # A gradient in float16 is of a loss times this: not so large that it overflows with weights that know nothing.
-_LOSS_SCALE = 2.0**8
+_LOSS_SCALE = 2.0**14
 # Of correct samplers one in a million is told wrong.
 _FALSE_ALARM = 1e-6
 _FEWEST = 20  # draws expected in a bin of the chi-squared test
