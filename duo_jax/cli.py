@@ -126,17 +126,25 @@ def keep_memory() -> None:
 
     On glibc, freed memory is kept, in one arena, instead of being handed back to the kernel: XLA asks for its scratch memory
     anew at every call, and glibc would map blocks of that size afresh each time. A training step of 76 MB took 21,000 page
-    faults, a quarter of its time.
+    faults, a quarter of its time. Where there may be an accelerator, whose memory is not glibc's, the many threads
+    that compile for it might only wait for that arena.
     """
     os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
     if "jax" in sys.modules:  # it has read its environment already
         sys.modules["jax"].config.update("jax_cpu_enable_async_dispatch", False)
-    if platform.libc_ver()[0] != "glibc":
+    if platform.libc_ver()[0] != "glibc" or _may_be_accelerated():
         return
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # of <malloc.h>
     libc = ctypes.CDLL(None)
     for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26), (arena_max, 1)):
         libc.mallopt(option, value)
+
+
+def _may_be_accelerated() -> bool:
+    """Whether JAX may find an accelerator, as far as can be told before it looks: support is installed and not ruled out."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    return any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
 
 
 def release_memory() -> None:

@@ -1,6 +1,7 @@
 """Mistakes on the command line get one line, the nearest name, and exit status 2."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, run
@@ -80,3 +81,26 @@ def test_memory_that_runs_out_is_told_with_what_to_do(capsys):
     assert "config.train.accumulate" in told
     with pytest.raises(RuntimeError, match="another"), cli.one_line_errors():
         raise RuntimeError("another")
+
+
+@pytest.mark.parametrize(
+    ("platforms", "installed", "expected"),
+    [
+        (None, (), True),
+        (None, ("jax_plugins",), False),
+        (None, ("libtpu",), False),
+        ("cuda,cpu", ("jax_plugins",), False),
+        ("cpu", ("jax_plugins",), True),
+    ],
+)
+def test_glibc_keeps_freed_memory_on_a_cpu_alone(monkeypatch, platforms, installed, expected):
+    told = []
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *option: told.append(option)))
+    monkeypatch.setattr(cli.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.delitem(sys.modules, "jax", raising=False)  # the tests' own JAX stays as it is
+    monkeypatch.setenv("JAX_CPU_ENABLE_ASYNC_DISPATCH", "true")
+    monkeypatch.setenv("JAX_PLATFORMS", platforms or "")
+    cli.keep_memory()
+    assert bool(told) == expected
+    assert cli.os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] == "false"
