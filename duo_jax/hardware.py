@@ -8,6 +8,10 @@ import re
 from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +30,32 @@ class Hardware:
 
 
 _absent: Hardware | None = None
+_agreed: Hardware | None = None
+_UNTOLD = -1
 
 
 def present() -> Hardware:
-    """Returns what the default device is, or what `compiling_for` says that it be."""
+    """Returns what the default device is, or what `compiling_for` says that it be, or what processes have agreed on."""
     if _absent is not None:
         return _absent
+    return _agreed or _own()
+
+
+def agree() -> None:
+    """Makes all processes compile for the least memory that one of them has; to be called by all of them at one point.
+
+    Programs are made for a device's memory (`models.network.chunk_budget`). Processes whose programs differ would wait for
+    each other for ever.
+    """
+    global _agreed
+    if jax.process_count() == 1:
+        return
+    own = _own()
+    told = multihost_utils.process_allgather(np.int32(_UNTOLD if own.memory is None else own.memory // _MIB))
+    _agreed = dataclasses.replace(own, memory=None if _UNTOLD in told else int(told.min()) * _MIB)
+
+
+def _own() -> Hardware:
     device = jax.local_devices()[0]
     named = str(getattr(device, "compute_capability", ""))
     capability = float(named) if re.fullmatch(r"\d+(\.\d+)?", named) else 0.0  # AMD's have names, as gfx942

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from duo_jax import api, cli, files, progress, sampling
+from duo_jax import api, cli, files, hardware, progress, sampling
 from duo_jax import config as config_lib
 from duo_jax.data import prepare, text_sets
 from duo_jax.data.packing import Store
@@ -258,4 +258,5 @@ def run(config: ConfigDict, workdir: str) -> int | None:
                 "under SLURM, Open MPI or on a TPU pod, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
                 "JAX_PROCESS_ID; or leave it out on a single host."
             ) from error
+    hardware.agree()
     return MODES[config.mode](config, str(Path(workdir).expanduser()))

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from duo_jax import config as config_lib
-from duo_jax import progress, sampling
+from duo_jax import hardware, progress, sampling
 from duo_jax.data import pipeline, prepare, tokenizers
 from duo_jax.data.packing import Store
 from duo_jax.errors import UserError
@@ -173,6 +173,7 @@ class Run:
         Raises:
             UserError: what a user can put right, before any work is done.
         """
+        hardware.agree()  # also where training is called from Python
         mesh = partition.create_mesh(config.mesh)
         partition.check_batch(mesh, "train.batch_size", config.train.batch_size, config.train.accumulate)
         partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from helpers import ROOT, make_config, tiny_settings
 
-from duo_jax import modes
+from duo_jax import hardware, modes
 from duo_jax.training import run
 
 HOST = """
 import json, sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from duo_jax import modes
+from duo_jax import hardware, modes
 from helpers import make_config
 settings, workdir = json.loads(sys.argv[3]), sys.argv[4]
 modes.run(make_config(settings), workdir + "/first")
@@ -36,6 +36,30 @@ def test_the_others_are_told_of_any_error_of_the_host_that_prepares_the_data(mon
     with pytest.raises(KeyError):
         run.prepared(make_config({}))
     assert told == [True]
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [
+        (80 * 2**30, 79 * 2**30, 79 * 2**30),
+        (79 * 2**30, 80 * 2**30, 79 * 2**30),
+        (None, 2**30, None),
+        (2**30, None, None),
+    ],
+)
+def test_all_compile_for_the_least_memory(monkeypatch, own, others, expected):
+    def gather(mine):
+        assert mine.dtype == np.int32, "JAX has no wider integers here"
+        return np.array([mine, -1 if others is None else others // 2**20])
+
+    monkeypatch.setattr(hardware, "_agreed", None)
+    monkeypatch.setattr(hardware, "_own", lambda: hardware.Hardware("gpu", 9.0, own))
+    monkeypatch.setattr(hardware.multihost_utils, "process_allgather", gather)
+    hardware.agree()
+    assert hardware.present().memory == own, "one process has nobody to agree with"
+    monkeypatch.setattr(hardware.jax, "process_count", lambda: 2)
+    hardware.agree()
+    assert hardware.present() == hardware.Hardware("gpu", 9.0, expected)
 
 
 def read_jsonl(path):
