@@ -167,6 +167,7 @@ def _distribution(logits: np.ndarray, network: Any, settings: Settings, top_p: f
 def _posterior(q: np.ndarray, p: np.ndarray, alpha_t: float, alpha_s: float) -> np.ndarray:
     """Returns how z_s `[K]` is distributed after a step of the uniform-state posterior, from the distribution q of z_t.
 
+    In float64 and by none of the package's code, which it is there to check.
     q(z_s | z_t) is in proportion to (stay [z_s = z_t] + jump) marginal.
     """
     stay, jump = alpha_t / alpha_s, (1.0 - alpha_t / alpha_s) / p.size

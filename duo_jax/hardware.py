@@ -44,11 +44,13 @@ def present() -> Hardware:
 def agree() -> None:
     """Makes all processes compile for the least memory that one of them has; to be called by all of them at one point.
 
+    They agree once; another call changes nothing.
+
     Programs are made for a device's memory (`models.network.chunk_budget`). Processes whose programs differ would wait for
     each other for ever.
     """
     global _agreed
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or _agreed is not None:
         return
     own = _own()
     told = multihost_utils.process_allgather(np.int32(_UNTOLD if own.memory is None else own.memory // _MIB))

@@ -62,9 +62,8 @@ def compared(path: Path, curves: dict[str, list[tuple[int, float]]], levels: dic
     for name, level in levels.items():
         axes.axhline(level, color="0.35", linestyle="--", linewidth=1, label=f"{name} ({level:.1f})")
     _against_steps(axes, title)
-    axes.legend(
-        loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False
-    )  # beside the curves, which may lie anywhere
+    # Beside the curves, which may lie anywhere.
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _save(figure, path)
 
 

@@ -42,7 +42,7 @@ def time_features(sigma: jax.Array, size: int = TIME_FEATURES, max_period: float
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def _as_it_is(x: jax.Array) -> jax.Array:
+def _unsplit(x: jax.Array) -> jax.Array:
     return x
 
 
@@ -110,7 +110,7 @@ class Block(nn.Module):
     adaln: bool
     dtype: jnp.dtype
     attention: str
-    by_rows: Callable[[jax.Array], jax.Array] = _as_it_is
+    by_rows: Callable[[jax.Array], jax.Array] = _unsplit
 
     def setup(self) -> None:
         """Makes the parts."""
@@ -230,7 +230,7 @@ class DiT(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     scan: bool = False
-    by_rows: Callable[[jax.Array], jax.Array] = _as_it_is
+    by_rows: Callable[[jax.Array], jax.Array] = _unsplit
 
     def setup(self) -> None:
         """Makes the parts."""
