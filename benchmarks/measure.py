@@ -30,7 +30,8 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """Returns `function(*args)` from a process of its own, whose memory no earlier case has touched.
 
     Raises:
-        UserError: as the function does; or the process died, as it does when the machine has no memory left.
+        UserError: as the function does; or the device has no memory left for it; or the process died, as it does when the
+            machine has none left.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -44,7 +45,12 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 def _as_in_training(function: Callable[..., Any], *args: Any) -> Any:
     cli.keep_memory()
-    return function(*args)
+    try:
+        return function(*args)
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError("a case ran out of the device's memory; make the batch smaller.") from error
 
 
 def out_of_memory(error: Exception) -> bool:

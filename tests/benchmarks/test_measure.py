@@ -46,3 +46,14 @@ def test_the_peak_is_more_than_a_small_product_reaches():
     a = jnp.ones((16, 16))
     small = 2 * 16**3 / min(measure.seconds(lambda: a @ a, 5))
     assert small < peak < 1e16
+
+
+def test_a_case_without_room_on_the_device_is_told():
+    with pytest.raises(UserError, match="out of the device's memory; make the batch smaller"):
+        measure.in_fresh_process(fail, "RESOURCE_EXHAUSTED: 3 GiB")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        measure.in_fresh_process(fail, "INTERNAL: something else")
+
+
+def fail(message):
+    raise jax.errors.JaxRuntimeError(message)
