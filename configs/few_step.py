@@ -14,7 +14,7 @@ from configs import quickstart
 
 
 def get_config() -> ConfigDict:
-    """Returns the quickstart's recipe with 3.4 million parameters and tokens of three characters, 2,048 of them.
+    """Returns the quickstart's recipe with four million parameters and tokens of three characters, 2,048 of them.
 
     Tokens that are nearly words leave spelling to the tokenizer: in bits per character, their frequencies alone say as much
     as the quickstart's network learns in 8,000 steps over its 300 tokens.

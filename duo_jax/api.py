@@ -108,6 +108,8 @@ def load(
     Raises:
         UserError: there is no checkpoint, it cannot be read, or it does not tell what it must.
     """
+    if not isinstance(path_or_name, str | Path):
+        raise UserError(f"path_or_name is {path_or_name!r}; give a path or a name.")
     return checkpoint.load(path_or_name, ema=ema, algo=algo, heads=heads, length=length, tokenizer=tokenizer)
 
 
@@ -123,9 +125,9 @@ def train(config: ConfigDict, workdir: str | Path, *, writers: Sequence[Any] = (
     Args:
         config: every setting; see `duo_jax.config`.
         workdir: the run's folder.
-        writers: are given all numbers and texts, beside the run's own files, and closed at the end: objects with methods of
-            `clu.metric_writers`, `write_scalars(step, scalars)`, `write_texts(step, texts)`, `write_hparams(hparams)`,
-            `flush()` and `close()`.
+        writers: are given all numbers and texts, beside the run's own files, and closed at the end, also after an error:
+            objects with methods of `clu.metric_writers`, `write_scalars(step, scalars)`, `write_texts(step, texts)`,
+            `write_hparams(hparams)`, `flush()` and `close()`.
 
     Raises:
         UserError: what a user can put right, in one sentence.
@@ -133,10 +135,13 @@ def train(config: ConfigDict, workdir: str | Path, *, writers: Sequence[Any] = (
     """
     from duo_jax.training import loop
 
-    if not isinstance(workdir, str | Path):
-        raise UserError(f"workdir is {workdir!r}; give a folder for the run.")
-    if loop.train(config, str(Path(workdir).expanduser()), writers) is not None:
-        raise KeyboardInterrupt
+    with contextlib.ExitStack() as stack:
+        for writer in writers:
+            stack.callback(writer.close)
+        if not isinstance(workdir, str | Path):
+            raise UserError(f"workdir is {workdir!r}; give a folder for the run.")
+        if loop.train(config, str(Path(workdir).expanduser()), writers) is not None:
+            raise KeyboardInterrupt
 
 
 def export(params: Params, to: str | Path, *, step: int = 0) -> None:
@@ -152,6 +157,7 @@ def export(params: Params, to: str | Path, *, step: int = 0) -> None:
     Raises:
         UserError: the place is taken or cannot be written, or the tokenizer or PyTorch cannot be had.
     """
+    _network_of(params)
     if Path(to).suffix == ".ckpt":
         convert.write_lightning(params, to, step=step)
     else:
@@ -218,7 +224,7 @@ def sample(
         trajectory: whether to keep the tokens of every step.
         until_eos: whether `.text` ends where the first EOS stands, as networks are trained on rows of several documents;
             `.tokens` and `.entropy` are of the whole row. Otherwise EOS reads as an empty line.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; where it shows steps, that is a program of its own, too.
         mesh: whose devices share the texts, for several hosts; this process's devices if None.
         each: given every batch as it comes.
 
@@ -377,6 +383,10 @@ def _checked_tokens(given: Any, network: Network) -> np.ndarray:
     if tokens.min() < 0 or tokens.max() >= network.vocab_size:
         raise UserError(
             f"token ids must lie in [0, {network.vocab_size}); these reach {tokens.min()} to {tokens.max()}."
+        )
+    if network.process != "uniform" and (tokens == network.mask_id).any():
+        raise UserError(
+            f"a token id is {network.mask_id}, the mask, which no text holds; score rows that are padded one by one, cut."
         )
     if tokens.shape[1] > network.length:
         raise UserError(

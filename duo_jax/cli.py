@@ -38,7 +38,7 @@ def _load(path: str) -> ConfigDict:
             f"--config={path} is not a Python file; give one with get_config(), like configs/quickstart.py."
         )
     module = importlib.util.module_from_spec(spec)
-    sys.path.append(str(Path(path).resolve().parents[1]))  # so that one recipe can start from another in its folder
+    sys.path.append(str(Path(path).resolve().parent.parent))  # so that one recipe can start from another in its folder
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
@@ -68,12 +68,14 @@ def _check_names(argv: list[str], config: ConfigDict) -> None:
         if not arg.startswith("-") or not name.startswith("config."):
             continue
         key = name.removeprefix("config.")
-        bare = key if key in known else key.removeprefix("no")
-        if key in known or bare in known:
+        if key in known:
             continue
         inside = [k for k in known if k.startswith(key + ".")]
         if inside:
             raise UserError(f"--{name} is a group of settings; name one of them, such as --config.{inside[0]}.")
+        positive = re.sub(r"(^|\.)no([^.]*)$", r"\1\2", key)
+        if isinstance(known.get(positive), bool):
+            raise UserError(f"--{name}: no such setting; give --config.{positive}=False.")
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         last = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
         raise UserError(f"--{name}: no such setting; did you mean --config.{(last or near)[0]}?")

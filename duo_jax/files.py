@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from duo_jax.errors import UserError
+
+_log = logging.getLogger("duo_jax.files")
 
 # What some networks' disks answer where a lock is asked for.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -59,10 +63,27 @@ def check_file(path: Path) -> None:
             path.open("r+b").close()
 
 
-def acquire(path: Path, *, block: bool) -> IO[str] | None:
-    """Returns the locked file, made if need be, or None where another process has the lock and `block` is not set.
+@dataclasses.dataclass(frozen=True)
+class Lock:
+    """A lock's file; closing it, or the end of the process, releases the lock.
 
-    Closing the file, or the end of the process, releases it.
+    Attributes:
+        file: the open file.
+        exclusive: whether no other process has the lock; False on a disk without locks, where nobody can tell.
+    """
+
+    file: IO[str]
+    exclusive: bool
+
+    def close(self) -> None:
+        """Releases the lock."""
+        self.file.close()
+
+
+def acquire(path: Path, *, block: bool) -> Lock | None:
+    """Returns a lock, its file made if need be, or None where another process has it and `block` is not set.
+
+    On a disk without locks, such as some network disks, work goes on without protection; a warning says so.
     """
     while True:
         file = path.open("w")
@@ -70,7 +91,7 @@ def acquire(path: Path, *, block: bool) -> IO[str] | None:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
             # Whoever held the lock before may have removed its file, and then this is a lock on nothing.
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+                return Lock(file, exclusive=True)
         except BlockingIOError:
             file.close()
             return None
@@ -78,7 +99,8 @@ def acquire(path: Path, *, block: bool) -> IO[str] | None:
             pass
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                return file  # no protection, as before there were locks, rather than no work
+                _log.warning("The disk of %s has no locks: see to it that no other process works there.", path.parent)
+                return Lock(file, exclusive=False)
             file.close()
             raise
         file.close()
@@ -92,13 +114,13 @@ def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
         path: the lock's file.
         busy: called where another process has the lock; if it returns, that process is waited for.
     """
-    file = acquire(path, block=False)
-    if file is None:
+    lock = acquire(path, block=False)
+    if lock is None:
         busy()
-        file = acquire(path, block=True)
+        lock = acquire(path, block=True)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        if file is not None:
-            file.close()
+        if lock is not None:
+            lock.close()

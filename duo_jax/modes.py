@@ -168,7 +168,6 @@ def sample(config: ConfigDict, workdir: str) -> None:
     """
     params, home, *_ = _load(config, workdir)
     files.check_folder(home)
-    path = home / "samples.jsonl" if jax.process_index() else _new(home, "samples", ".jsonl")
     chosen = config.sample
     psi = sampling.Psi.from_config(chosen)
     settings = {name: chosen[name] for name in _SAMPLE} | {
@@ -184,6 +183,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
         mesh = partition.create_mesh(config.mesh)
         params = params.replace(weights=partition.replicate(params.weights, mesh))
     about = settings | {"psi": psi and dataclasses.asdict(psi)}
+    path = home / "samples.jsonl" if jax.process_index() else _new(home, "samples", ".jsonl")
     done = 0
 
     def show_and_write(batch: api.Samples) -> None:

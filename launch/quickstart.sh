@@ -9,8 +9,14 @@ trap 'exit 143' TERM
 
 duo() { .venv/bin/python -m duo_jax.main --config=configs/quickstart.py --workdir="${WORKDIR:-runs/quickstart}" "$@"; }
 
-settings=() # the flags without the one that preparing the data does not know
-for flag in "$@"; do [[ $flag == --workdir=* ]] || settings+=("$flag"); done
+words=("$@") settings=() # settings: the flags without the one that preparing the data does not know
+for ((i = 0; i < $#; i++)); do
+  case ${words[i]} in
+    --workdir=*) ;;
+    --workdir) i=$((i + 1)) ;;
+    *) settings+=("${words[i]}") ;;
+  esac
+done
 
 .venv/bin/python -m duo_jax.data.prepare --config=configs/quickstart.py "${settings[@]}"
 duo "$@"

@@ -13,7 +13,7 @@ from helpers import command, run, trained_settings
 
 import duo_jax
 from duo_jax import sampling
-from duo_jax.evaluation import likelihood
+from duo_jax.evaluation import likelihood, rows
 from duo_jax.training import run as run_lib
 
 
@@ -215,7 +215,9 @@ def test_a_score_is_a_pair(params):
 
 
 def test_what_is_no_network_is_told(params):
-    for call in (duo_jax.sample, lambda p: duo_jax.score(p, "text")):
+    with pytest.raises(duo_jax.UserError, match="path_or_name is None; give a path or a name"):
+        duo_jax.load(None)
+    for call in (duo_jax.sample, lambda p: duo_jax.score(p, "text"), lambda p: duo_jax.export(p, "somewhere")):
         for wrong in ("quickstart", None, params.weights):
             with pytest.raises(duo_jax.UserError, match=r"give what duo_jax\.load returns"):
                 call(wrong)
@@ -235,6 +237,9 @@ def test_an_autoregressive_score_counts_what_is_predicted(params):
         assert score.tokens == length - 1
     with pytest.raises(duo_jax.UserError, match="nothing to score"):
         duo_jax.score(untrained, [5])
+    with pytest.raises(duo_jax.UserError, match="a token id is 299, the mask, which no text holds"):
+        duo_jax.score(untrained, [5, 299])
+    assert np.isfinite(duo_jax.score(params, [5, 299]).nll), "uniform-state networks know no mask"
 
 
 def test_a_score_after_a_prompt_is_that_of_the_rest(params):
@@ -268,6 +273,8 @@ def test_short_texts_share_a_program(params):
     for text in ("A", "The river lies", "It is a city"):
         duo_jax.score(params, text)
     assert likelihood.nll_sum._cache_size() == compiled
+    sizes = [len(next(rows.batches([[5] * 30] * n, 0, 32))["tokens"]) for n in range(1, 33)]
+    assert sorted(set(sizes)) == [1, 2, 4, 8, 16, 32]
 
 
 def test_scores_that_cannot_be_are_refused(params):

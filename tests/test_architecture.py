@@ -95,9 +95,11 @@ def test_what_lies_inside_is_found_by_its_name(name):
     subprocess.run([sys.executable, "-c", f"import duo_jax; duo_jax.{name}"], check=True, cwd=ROOT)
 
 
-def test_no_tensorflow_and_no_torch_behind_the_whole_package():
+def test_no_tensorflow_no_torch_and_no_pyplot_behind_the_whole_package():
+    """Pyplot would choose how a notebook shows its own pictures."""
     code = (
-        "import sys, duo_jax.modes; heavy = {'tensorflow', 'torch'} & set(sys.modules); assert not heavy, heavy;"
+        "import sys, duo_jax.modes, duo_jax.evaluation.compare;"
+        "heavy = {'tensorflow', 'torch', 'matplotlib.pyplot'} & set(sys.modules); assert not heavy, heavy;"
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

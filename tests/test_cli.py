@@ -22,6 +22,8 @@ QUICK = [*MAIN, "--config=configs/quickstart.py", "--workdir=unused"]
         ([*QUICK, "--config.train.steps=1.5"], "a whole number is needed, not '1.5'"),
         ([*QUICK, "--config.train.lr=fast"], "a number is needed, not 'fast'"),
         ([*QUICK, "--confg.train.steps=3"], "did you mean --config.train.steps?"),
+        ([*QUICK, "--config.nodistributed"], "give --config.distributed=False"),
+        ([*QUICK, "--config.model.noscan"], "give --config.model.scan=False"),
         ([*QUICK, "--config.train=3"], "is a group of settings"),
         ([*QUICK, "--config.mode=trian"], "choose one of train, eval, sample"),
         ([*QUICK, "--workdri=x"], "Did you mean: workdir"),

@@ -40,10 +40,12 @@ def test_settings_of_the_quickstart_reach_every_command(launch):
     assert all(" ".join(flags) in line for line in commands)
 
 
-def test_a_workdir_of_the_quickstart_is_not_for_its_data(launch):
-    prepare, *others = [line for line in launch("quickstart.sh", "--workdir=x") if line.startswith("-m duo_jax")]
-    assert "--workdir" not in prepare
-    assert all(line.split()[-1] == "--workdir=x" or "--workdir=x " in line for line in others)
+@pytest.mark.parametrize("flag", [["--workdir=x"], ["--workdir", "x"]], ids="".join)
+def test_a_workdir_of_the_quickstart_is_not_for_its_data(launch, flag):
+    commands = launch("quickstart.sh", *flag, "--config.seed=3")
+    prepare, *others = [line for line in commands if line.startswith("-m duo_jax")]
+    assert prepare.split()[2:] == ["--config=configs/quickstart.py", "--config.seed=3"]
+    assert all(" ".join([*flag, "--config.seed=3"]) in line for line in others)
 
 
 def test_the_comparison_trains_each_algorithm_and_draws_them_all(launch):

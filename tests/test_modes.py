@@ -95,10 +95,10 @@ def test_samples_of_two_jobs_that_start_together(tmp_path):
 
 
 def test_samples_that_were_refused_leave_nothing(copy, text_folder):
-    config = make_config({**trained_settings(text_folder), "mode": "sample", "sample.prompt": "a" * 500})
-    with pytest.raises(UserError):
-        modes.run(config, str(copy))
-    assert not list(copy.glob("samples*.jsonl"))
+    for wrong in ({"sample.prompt": "a" * 500}, {"sample.sampler": "psi", "sample.psi.high": "oops"}):
+        with pytest.raises(UserError):
+            modes.run(make_config({**trained_settings(text_folder), "mode": "sample", **wrong}), str(copy))
+        assert not list(copy.glob("samples*.jsonl"))
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(copy, text_folder, monkeypatch):

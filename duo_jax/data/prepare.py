@@ -291,15 +291,19 @@ def _sync(path: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed preparations left beside `folder`, whose own lock is held."""
+    """Removes what killed preparations left beside `folder`, whose own lock is held.
+
+    What another preparation is still writing is locked, and stays; so does what might be, on a disk without locks.
+    """
     for partial in folder.parent.glob(".*.partial"):
-        lock = _lock_path(partial.with_name(partial.name[1:].removesuffix(".partial")))
-        file = None if lock == _lock_path(folder) else files.acquire(lock, block=False)
-        if file is not None or lock == _lock_path(folder):
+        path = _lock_path(partial.with_name(partial.name[1:].removesuffix(".partial")))
+        if path == _lock_path(folder):
             shutil.rmtree(partial, ignore_errors=True)
-        if file is not None:
-            lock.unlink()
-            file.close()
+        elif lock := files.acquire(path, block=False):
+            if lock.exclusive:
+                shutil.rmtree(partial, ignore_errors=True)
+            path.unlink()
+            lock.close()
 
 
 def _lock_path(folder: Path) -> Path:

@@ -39,8 +39,9 @@ def documents(path: Path, *, field: str, detokenizer: str, stripped: bool) -> so
 def read(settings: Any, tokenizer: Tokenizer, *, verbose: bool = True) -> MemoryStore:
     """Returns the tokens of the text that a `config.eval` block describes.
 
-    With `document_ends` each document is followed by EOS, as in training. Without, the documents run on as they stand, white
-    space included, and no id says where one ends: so the published zero-shot figures were made.
+    With `document_ends` each document is followed by EOS, as in training. Without, the documents run on as they stand, and
+    no id says where one ends: so the published zero-shot figures were made. Rows of `.jsonl` and `.parquet` keep the white
+    space around them; of the blank lines between two documents of a `.txt` one line break is left.
 
     Args:
         settings: the block, with `path`, `field`, `detokenizer` and `document_ends`.

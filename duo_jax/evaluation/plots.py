@@ -1,16 +1,13 @@
-"""Pictures of a run."""
+"""Pictures of a run, as files: pyplot, and with it what a notebook shows, is left alone."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; a machine without a screen is the usual case
-
-from matplotlib import pyplot as plt
 from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
 def perplexity(
@@ -31,7 +28,8 @@ def perplexity(
         title: above the picture.
         marks: vertical lines at steps, such as the end of a curriculum, by name.
     """
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
     if train:
         axes.plot(*zip(*train, strict=True), color="0.75", linewidth=1, label="exp(training loss)")
     if heldout:
@@ -55,7 +53,8 @@ def compared(path: Path, curves: dict[str, list[tuple[int, float]]], levels: dic
         levels: horizontal lines to compare with, by name.
         title: above the picture.
     """
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
         label = f"{name} ({points[-1][1]:.1f})"
         axes.plot(*zip(*points, strict=True), f"{'os^D'[index // 10 % 4]}-", markersize=4, label=label)
@@ -82,7 +81,8 @@ def few_steps(
         levels: horizontal lines to compare with, (perplexity, entropy) of held-out text, by name.
         judge: the language model that judged.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
+    figure = Figure(figsize=(11, 4.5), dpi=120)
+    left, right = figure.subplots(1, 2)
     networks = list(dict.fromkeys(network for network, _ in curves))
     lines = {"ancestral": "-", "greedy": "--", "none": ":"}
     for (network, removal), rows in curves.items():
@@ -107,7 +107,7 @@ def few_steps(
     _save(figure, path)
 
 
-def _logarithmic(axes: plt.Axes) -> None:
+def _logarithmic(axes: Axes) -> None:
     """Makes the vertical axis logarithmic, with plain numbers at 1, 2 and 5."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -115,7 +115,7 @@ def _logarithmic(axes: plt.Axes) -> None:
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _against_steps(axes: plt.Axes, title: str) -> None:
+def _against_steps(axes: Axes, title: str) -> None:
     """Finishes a picture of perplexity against steps."""
     _logarithmic(axes)
     axes.set_xlabel("step")
@@ -125,9 +125,8 @@ def _against_steps(axes: plt.Axes, title: str) -> None:
     axes.legend(framealpha=0.9)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")
-    plt.close(figure)
     temporary.replace(path)

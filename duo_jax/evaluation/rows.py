@@ -50,7 +50,8 @@ def filled(row: Sequence[int], length: int) -> np.ndarray:
 
 def batches(rows: Sequence[Sequence[int]], given: int, length: int) -> Iterator[dict[str, np.ndarray]]:
     """Groups rows into batches of a few shapes, as `objectives` take them: `tokens` and `mask`, `[b, l]`, and where rows are
-    short, or their first tokens given, also `given` and `lengths`.
+    short, or their first tokens given, also `given` and `lengths`. Rows that count nothing fill up each batch to a power of
+    two: few programs are compiled.
 
     Args:
         rows: token ids, at most `length` each.
@@ -64,7 +65,11 @@ def batches(rows: Sequence[Sequence[int]], given: int, length: int) -> Iterator[
             tokens, lengths = map(np.array, zip(*alike[i : i + _ROWS], strict=True))
             place = np.arange(shape)
             counted = (place >= given) & (place < lengths[:, None])
+            ragged = given or (lengths < shape).any()
+            filling = (1 << (len(tokens) - 1).bit_length()) - len(tokens)
+            tokens, counted = (np.pad(x, ((0, filling), (0, 0))) for x in (tokens, counted))
             batch = {"tokens": tokens, "mask": counted.astype(np.float32)}
-            if given or (lengths < shape).any():
+            if ragged:
+                lengths = np.pad(lengths, (0, filling), constant_values=shape)
                 batch |= {"given": ~counted, "lengths": lengths.astype(np.int32)}
             yield batch

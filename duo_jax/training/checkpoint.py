@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,11 @@ def _drop_echoes(others: Callable[[Any], None], unraisable: Any) -> None:
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:
-    """Leaves out what asyncio logs of them."""
-    return not record.getMessage().startswith("Task exception was never retrieved")
+    """Leaves out what asyncio logs of them, and of nothing else."""
+    if not record.getMessage().startswith("Task exception was never retrieved"):
+        return True
+    frames = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
+    return not any(str(frame.f_globals.get("__name__")).startswith("orbax.") for frame, _ in frames)
 
 
 def _hush() -> None:

@@ -115,6 +115,11 @@ def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float
     return {"unigram": likelihood.unigram(counts, shown, given).ppl, "uniform": float(vocab_size)}
 
 
+def _first_says(answer: bool) -> bool:
+    """Returns the first process's answer: a shared disk may show the others an older state, and they must do the same."""
+    return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+
+
 _SHAPE = ("dim", "blocks", "heads", "cond_dim")
 
 
@@ -161,6 +166,7 @@ class Run:
     initial: Params | None = None  # that of `config.init_from`, until training has started from it
     others: Sequence[Any] = ()
     levels: dict[str, float] = dataclasses.field(default_factory=dict)
+    files: writers.MultiWriter = dataclasses.field(default_factory=writers.MultiWriter)
     writer: writers.MultiWriter = dataclasses.field(default_factory=writers.MultiWriter)
 
     @classmethod
@@ -168,7 +174,7 @@ class Run:
     def open(cls, config: ConfigDict, workdir: str, others: Sequence[Any] = ()) -> Iterator[Run]:
         """Prepares the data and everything else that comes before the first step, and closes it all at the end.
 
-        `others` are writers beside those of the run's own files.
+        `others` are writers beside those of the run's own files; whoever gives them closes them.
 
         Raises:
             UserError: what a user can put right, before any work is done.
@@ -209,7 +215,7 @@ class Run:
             del initial  # for its memory to be free once training has started from it
             run.sampler()  # a mistake in config.sample shows now, not at the first text
             run.levels = levels(config, folder, network.vocab_size)
-            stack.callback(lambda: run.writer.close())
+            stack.callback(lambda: run.files.close())
             yield run
 
     @property
@@ -258,11 +264,11 @@ class Run:
         config, net = self.config, self.network
         if not self.primary:
             return
-        self.writer = writers.MultiWriter(
+        self.files = writers.MultiWriter(
             writers.JsonlWriter(self.workdir / workdir_lib.METRICS, step),
             writers.TensorBoardWriter(self.workdir / workdir_lib.TENSORBOARD, step),
-            *self.others,
         )
+        self.writer = writers.MultiWriter(self.files, *self.others)
         self.writer.write_hparams(config_lib.flatten(config))
         (self.workdir / workdir_lib.CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(self.workdir / checkpoint.TOKENIZER)
@@ -289,8 +295,8 @@ class Run:
         return found[-1] if found else None
 
     def evaluated(self, step: int) -> bool:
-        """Whether the metrics have an evaluation of this step."""
-        return self.evaluation(step) is not None
+        """Whether the metrics have an evaluation of this step; all processes get the same answer."""
+        return _first_says(self.evaluation(step) is not None)
 
     def evaluate(
         self, step: int, ema: Any, between: Callable[[Iterable[Any]], Iterable[Any]] = iter
@@ -350,8 +356,8 @@ class Run:
         return self.workdir / workdir_lib.SAMPLES / f"{step:08d}.txt"
 
     def sampled(self, step: int) -> bool:
-        """Whether texts of this step were written."""
-        return self._texts(step).exists()
+        """Whether texts of this step were written; all processes get the same answer."""
+        return _first_says(self._texts(step).exists())
 
     def sample(self, step: int, ema: Any) -> str:
         """Samples texts with the averaged weights, keeps them in a file, and returns the first."""

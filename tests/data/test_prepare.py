@@ -368,6 +368,17 @@ def test_leftovers_of_other_preparations(data, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".wiki-bpe888.lock", alive.name, folder.name]
 
 
+def test_what_may_be_at_work_on_a_disk_without_locks_stays(data, tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(files.fcntl, "flock", fails)
+    other = tmp_path / ".wiki-bpe999.partial"
+    other.mkdir()
+    folder = prepare.prepare(copy(data, dir=str(tmp_path)), verbose=False)
+    assert sorted(os.listdir(tmp_path)) == [other.name, folder.name]
+
+
 def test_interrupt_leaves_nothing(data, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import logging
 import shutil
 import sys
 import types
@@ -146,6 +147,20 @@ def test_only_what_abandoned_reads_say_is_left_out(trained, monkeypatch):
     for said in ("Event loop is closed", "Error while reading array index x", "something else"):
         checkpoint._drop_echoes(told.append, types.SimpleNamespace(exc_value=RuntimeError(said)))
     assert [str(unraisable.exc_value) for unraisable in told] == ["something else"]
+
+
+def test_of_tasks_that_failed_only_orbaxs_are_left_out():
+    def record(module):
+        space = {"__name__": module}
+        exec("def fail(): raise OSError('x')", space)
+        with pytest.raises(OSError, match="x") as raised:
+            space["fail"]()
+        about = (raised.type, raised.value, raised.tb)
+        return logging.LogRecord("asyncio", logging.ERROR, "", 0, "Task exception was never retrieved", (), about)
+
+    assert not checkpoint._is_no_echo(record("orbax.checkpoint.x"))
+    assert checkpoint._is_no_echo(record("somebody.elses"))
+    assert checkpoint._is_no_echo(logging.LogRecord("asyncio", logging.ERROR, "", 0, "another message", (), None))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from duo_jax.data import pipeline, prepare
 from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood, plots
 from duo_jax.training import checkpoint, loop, writers
+from duo_jax.training import run as run_lib
 
 
 def leaves(workdir, step):
@@ -55,6 +56,17 @@ def test_a_run_leaves_what_it_promises(trained):
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["15", "20"]
     record = checkpoint.read(trained)[1]
     assert record["network"]["vocab_size"] == 300
+
+
+@pytest.mark.parametrize(("algo", "given"), [("duo_base", 0), ("ar", 1)])
+def test_token_frequencies_are_judged_on_the_tokens_that_a_network_predicts(trained, text_folder, algo, given):
+    config = make_config({**trained_settings(text_folder), "algo.name": algo})
+    folder = prepare.shards_folder(config.data)
+    share = np.log1p(pipeline.unigram_counts(folder, 32)) - np.log(np.sum(1 + pipeline.unigram_counts(folder, 32)))
+    asked = {"length": 32, "batch_size": config.eval.batch_size, "max_batches": config.eval.batches}
+    tokens = np.concatenate([batch["tokens"][:, given:].ravel() for batch in pipeline.heldout_batches(folder, **asked)])
+    expected = {"unigram": np.exp(-np.mean(share[tokens])), "uniform": 300}
+    assert run_lib.levels(config, folder, 300) == pytest.approx(expected, rel=1e-6)
 
 
 def test_one_compilation_and_a_falling_loss(text_folder, tmp_path):
@@ -269,7 +281,8 @@ def test_training_from_python_in_a_thread_with_a_writer_and_in_parts(text_folder
     assert any("samples" in row for _, row in memory.rows)
     assert memory.closed == 1
     with pytest.raises(UserError, match=r"config\.train\.steps is 0"):
-        duo_jax.train(make_config({**tiny_settings(text_folder), "train.steps": 0}), tmp_path)
+        duo_jax.train(make_config({**tiny_settings(text_folder), "train.steps": 0}), tmp_path, writers=[memory])
+    assert memory.closed == 2, "also after an error"
     with pytest.raises(UserError, match=r"the config lacks .*; start from duo_jax\.config\.default"):
         duo_jax.train({}, tmp_path)
     with pytest.raises(UserError, match="workdir is None"):

@@ -97,13 +97,15 @@ def test_a_lock_is_on_the_file_that_is_there(tmp_path, monkeypatch, made_anew):
         flock(file, how)
 
     monkeypatch.setattr(files.fcntl, "flock", late)
-    with files.acquire(path, block=True) as file:
-        assert os.path.samestat(os.fstat(file.fileno()), path.stat())
-        assert len(calls) == 2
-        assert files.acquire(path, block=False) is None
+    lock = files.acquire(path, block=True)
+    assert lock.exclusive
+    assert os.path.samestat(os.fstat(lock.file.fileno()), path.stat())
+    assert len(calls) == 2
+    assert files.acquire(path, block=False) is None
+    lock.close()
 
 
-def test_a_disk_that_knows_no_locks_is_used_without(tmp_path, monkeypatch):
+def test_a_disk_that_knows_no_locks_is_used_without(tmp_path, monkeypatch, caplog):
     code = errno.ENOLCK
 
     def fails(*_):
@@ -113,6 +115,7 @@ def test_a_disk_that_knows_no_locks_is_used_without(tmp_path, monkeypatch):
     with files.locked(tmp_path / "lock", lambda: pytest.fail("nobody has it")):
         assert (tmp_path / "lock").exists()
     assert not list(tmp_path.iterdir())
+    assert f"{tmp_path} has no locks" in caplog.text
     code = errno.EIO
     with pytest.raises(OSError, match="the disk says so"):
         files.acquire(tmp_path / "lock", block=True)
