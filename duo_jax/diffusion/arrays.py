@@ -1,4 +1,4 @@
-"""Shapes and keys: how per-sequence values meet per-token arrays, and one random key a token."""
+"""Array helpers: per-sequence values for per-token arrays, one random key per token, hints for the compiler."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +10,15 @@ from duo_jax.errors import UserError
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises UserError unless there are at least two tokens to choose between; a traced number is taken as it is."""
+    """Raises UserError if there are fewer than two tokens to choose between; a traced number is not checked."""
     if not isinstance(vocab_size, jax.core.Tracer) and vocab_size < 2:
         raise UserError(f"vocab_size must be at least 2, not {vocab_size}")
 
 
 def per_token(value: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """Spreads a signal level over the tokens: scalar, `[B]`, `[B, 1]` or `[B, L]` to `shape` = `[B, L]`.
+    """Broadcasts a signal level to the tokens: scalar, `[B]`, `[B, 1]` or `[B, L]` to `shape` = `[B, L]`.
 
-    Axes are matched from the left, so `[B]` is one value a sequence even where B = L.
+    Axes are matched from the left, so `[B]` means one value per sequence even if B = L.
 
     Raises:
         UserError: any other shape.
@@ -30,9 +30,9 @@ def per_token(value: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 
 
 def token_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One typed key a token, of the given shape, so that a draw does not depend on how the tokens are cut.
+    """One typed key per token, of the given shape: a draw does not depend on how the tokens are cut into chunks.
 
-    Raw keys, as of `jax.random.PRNGKey`, are typed first: `map_keys` sees an array of keys by its shape.
+    Raw keys, as from `jax.random.PRNGKey`, are converted first: `map_keys` needs the array's shape to be that of the keys.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
@@ -46,7 +46,7 @@ def map_keys(function: Callable[[jax.Array], Any], keys: jax.Array) -> Any:
 
 
 def is_entry(ids: jax.typing.ArrayLike, values: jax.Array) -> jax.Array:
-    """Whether an entry of `values [..., K]` is that of its row's `ids [...]`, or of the one id of all rows."""
+    """Mask `[..., K]` of the entry `ids [...]` in each row of `values [..., K]`; `ids` may be one id for all rows."""
     return jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1) == jnp.asarray(ids)[..., None]
 
 
@@ -61,7 +61,7 @@ def _take_forward(values: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple]:
 
 
 def _take_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, None]:
-    """Left to itself, the gradient would be scattered into an array of zeros that nothing else can be fused with."""
+    """Autodiff would scatter the gradient into an array of zeros, which XLA fuses with nothing else."""
     values, ids = residuals
     return jnp.where(is_entry(ids, values), cotangent[..., None], 0).astype(values.dtype), None
 
@@ -70,28 +70,29 @@ take.defvjp(_take_forward, _take_backward)
 
 
 def top_and_sum(values: jax.Array, counts: jax.typing.ArrayLike = True) -> tuple[jax.Array, jax.Array]:
-    """The largest of `values [..., K]`, and the sum of exp(value - largest) over those that count, `[...]` both.
+    """The largest of `values [..., K]`, and the sum of exp(value - largest) over the entries that count, both `[...]`.
 
-    An accelerator finds both in one pass; a CPU, whose compiler vectorises no sum of pairs, in two. There is no gradient.
+    An accelerator finds both in one pass. A CPU takes two, because XLA does not vectorise a reduction of pairs there.
+    There is no gradient.
 
     Args:
-        values: float32 or wider, one of each row finite; -inf adds nothing.
-        counts: bool, `[..., K]` or for all.
+        values: float32 or wider, at least one finite entry per row; -inf adds nothing.
+        counts: which entries count; bool, `[..., K]` or a scalar.
     """
     return jax.lax.platform_dependent(values, jnp.asarray(counts), cpu=in_two_passes, default=in_one_pass)
 
 
 def in_two_passes(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `top_and_sum`. The exponentials are such that another use of them costs nothing more."""
+    """See `top_and_sum`. XLA can share these exponentials with other uses of them."""
     top = jnp.max(values, axis=-1)
     return top, jnp.sum(jnp.where(counts, jnp.exp(values - top[..., None]), 0.0), axis=-1)
 
 
 def in_one_pass(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `top_and_sum`; a row may also be -inf all through, and its sum is 0 then."""
+    """See `top_and_sum`; here a row may be -inf throughout, and its sum is then 0."""
 
     def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Two largest values, each with a sum of exponentials taken from it; the smaller's sum is scaled down."""
+        """Merges two pairs (largest, sum of exponentials relative to it); the smaller one's sum is scaled down."""
         (top_a, sum_a), (top_b, sum_b) = a, b
         smaller = jnp.exp(jnp.where(top_a == top_b, 0.0, -jnp.abs(top_a - top_b)))
         a_is_top = top_a > top_b
@@ -103,25 +104,26 @@ def in_one_pass(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Ar
     return jax.lax.reduce((values, ones), start, join, (values.ndim - 1,))
 
 
-def anew(x: jax.Array, after: jax.Array) -> jax.Array:
-    """Returns x such that an accelerator computes what is made of it again, once `after` is known; a CPU may keep it.
+def recompute_after(x: jax.Array, dependency: jax.Array) -> jax.Array:
+    """Returns x; an accelerator recomputes everything derived from the result, and only once `dependency` is known.
 
-    For what is made of a chunk's logits and read in several passes, each of which needs a sum that the one before it
-    has found: an accelerator's compiler writes it down and reads it back, which takes longer than the exponentials do.
+    This is for values derived from a chunk's logits (such as exponentials) and read in several passes, each of which
+    needs a sum from the pass before. Without this, an accelerator's compiler stores these values and reads them back,
+    which takes longer than to compute them again. A CPU may keep them.
     """
 
-    def barrier(x: jax.Array, after: jax.Array) -> jax.Array:
-        return jax.lax.optimization_barrier((x, after))[0]
+    def barrier(x: jax.Array, dependency: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier((x, dependency))[0]
 
-    return jax.lax.platform_dependent(x, after, cpu=lambda x, _: x, default=barrier)
+    return jax.lax.platform_dependent(x, dependency, cpu=lambda x, _: x, default=barrier)
 
 
-def written(x: jax.Array) -> jax.Array:
-    """Returns x such that an accelerator computes it once, whoever reads it; a CPU does as it likes."""
+def materialise_once(x: jax.Array) -> jax.Array:
+    """Returns x; an accelerator computes it once and stores it, however many operations read it. A CPU is free."""
     return jax.lax.platform_dependent(x, cpu=lambda x: x, default=jax.lax.optimization_barrier)
 
 
 def as_float(values: jax.typing.ArrayLike) -> jax.Array:
-    """At least float32: losses and probabilities are never computed in half precision."""
+    """Casts to at least float32: losses and probabilities are never computed in half precision."""
     values = jnp.asarray(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))

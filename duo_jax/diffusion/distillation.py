@@ -7,7 +7,7 @@ scalars, `[B]`, `[B, 1]` or `[B, L]`. The student sees (z_t, t) and the frozen t
 import jax
 import jax.numpy as jnp
 
-from duo_jax.diffusion.arrays import anew, as_float, check_vocab_size, per_token, top_and_sum
+from duo_jax.diffusion.arrays import as_float, check_vocab_size, per_token, recompute_after, top_and_sum
 from duo_jax.diffusion.order_statistics import distinct_others, top_normals
 from duo_jax.diffusion.special import excess
 from duo_jax.errors import UserError
@@ -107,7 +107,7 @@ def _kl_forward(logits_p: jax.Array, logits_q: jax.Array) -> tuple[jax.Array, tu
 
 def _kl_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits_p, logits_q, norm_p, norm_q, divergence = residuals
-    norm_p, norm_q = (anew(norm, divergence) for norm in (norm_p, norm_q))
+    norm_p, norm_q = (recompute_after(norm, divergence) for norm in (norm_p, norm_q))
     log_p, log_q = as_float(logits_p) - norm_p, as_float(logits_q) - norm_q
     p = jnp.exp(log_p)
     d_p = jnp.where(p > 0.0, p * (log_p - log_q - divergence[..., None]), 0.0)

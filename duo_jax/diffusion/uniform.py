@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 from duo_jax.diffusion import categorical
 from duo_jax.diffusion.arrays import (
-    anew,
     as_float,
     check_vocab_size,
     is_entry,
     map_keys,
     per_token,
+    recompute_after,
     take,
     token_keys,
     top_and_sum,
@@ -255,7 +255,7 @@ def _terms(logits: jax.Array, z_t: jax.Array, x: jax.Array, alpha: jax.Array) ->
         d_x=jnp.where(same, 0.0, d_x),
         log_y_x=jnp.where(same, 0.0, _log_ratio(d_x, s_x, -jnp.log1p(s_i) - jnp.log1p(clean))),
     )
-    return terms, anew(top, rest)
+    return terms, recompute_after(top, rest)
 
 
 def _log_ratio(
@@ -304,7 +304,7 @@ def _nelbo_backward(residuals: tuple, cotangent: jax.Array) -> tuple:
     # s_j dF/ds_j at i, at x and at the others; then through the softmax.
     s, d = _s_and_d(_others(values, z_t, x, top), terms)
     pull = jnp.sum(d * (s / (1.0 + s)), axis=-1)
-    s, d = _s_and_d(_others(values, z_t, x, anew(top, pull)), terms)
+    s, d = _s_and_d(_others(values, z_t, x, recompute_after(top, pull)), terms)
     at_i = -terms.drift * (terms.s_i / (1.0 + terms.s_i))
     at_x = (1.0 + terms.clean) * terms.d_x * (terms.s_x / (1.0 + terms.s_x))
     total = terms.rate * pull + at_x + at_i

@@ -130,13 +130,13 @@ def _operand_type(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if dtype == jnp.float16 and hardware.present().platform == "cpu" else dtype)
 
 
-# XLA would otherwise move a transposition or a reshape into the product beside it, where it costs a CPU more.
-_as_it_is = jax.lax.optimization_barrier
+# Otherwise XLA moves a transposition or a reshape into the adjacent matrix product, where it costs a CPU more.
+_materialise = jax.lax.optimization_barrier
 
 
 def _by_head(x: jax.Array) -> jax.Array:
     """`[B, L, H, head_dim]` to `[B H, L, head_dim]`, for good: on a CPU XLA sums over four dimensions with one thread."""
-    return _as_it_is(jnp.moveaxis(x, 2, 1).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3]))
+    return _materialise(jnp.moveaxis(x, 2, 1).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3]))
 
 
 def _by_token(x: jax.Array, heads: int) -> jax.Array:
@@ -186,7 +186,7 @@ def _attention_backward(causal: bool, residuals: tuple, cotangent: jax.Array) ->
     # Through the softmax: each weight's gradient less their mean, which is that of the result.
     mean = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1, keepdims=True)
     d_scores = weights * (_product(v, _turned(cotangent), v.dtype) - _turned(mean)) * scale
-    d_q = _turned(_as_it_is(_product(_as_it_is(_turned(k)), d_scores, k.dtype)))
+    d_q = _turned(_materialise(_product(_materialise(_turned(k)), d_scores, k.dtype)))
     d_k = _product(d_scores, q, q.dtype)
     d_v = _product(weights, cotangent, v.dtype)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

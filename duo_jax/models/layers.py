@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from duo_jax.diffusion.arrays import anew, as_float, written
+from duo_jax.diffusion.arrays import as_float, materialise_once, recompute_after
 from duo_jax.models.attention import rotate
 from duo_jax.models.head import sum_of_rows
 
@@ -33,7 +33,7 @@ def _gelu_forward(x: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple]:
 
 def _gelu_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, bias = residuals
-    slope = jax.vjp(functools.partial(nn.gelu, approximate=True), as_float(anew(x, cotangent)) + bias)[1]
+    slope = jax.vjp(functools.partial(nn.gelu, approximate=True), as_float(recompute_after(x, cotangent)) + bias)[1]
     d_x = slope(as_float(cotangent))[0].astype(x.dtype)
     return d_x, sum_of_rows(d_x).astype(bias.dtype)
 
@@ -79,8 +79,8 @@ def _modulated_norm_backward(dtype: jnp.dtype, residuals: tuple, cotangent: jax.
     d_scale = None if scale is None else (by_text * weight).astype(scale.dtype)
     d_shift = None if shift is None else jnp.sum(as_float(cotangent), axis=1, keepdims=True).astype(shift.dtype)
 
-    x = anew(x, by_text)
-    d_normal = as_float(anew(cotangent, by_text)) * _factor(weight, scale)
+    x = recompute_after(x, by_text)
+    d_normal = as_float(recompute_after(cotangent, by_text)) * _factor(weight, scale)
     along = jnp.mean(d_normal * normal(x), axis=-1, keepdims=True)
     d_x = inverse * (d_normal - jnp.mean(d_normal, axis=-1, keepdims=True) - normal(x) * along)
     return d_x, d_weight, d_scale, d_shift
@@ -155,7 +155,7 @@ def _heads_of_backward(residuals: tuple, cotangents: tuple) -> tuple[jax.Array, 
     cos, sin = residuals
     q, k, v = cotangents
     parts = rotate(q, cos, -sin), rotate(k, cos, -sin), v
-    return written(jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1)), None, None
+    return materialise_once(jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1)), None, None
 
 
 heads_of.defvjp(_heads_of_forward, _heads_of_backward)

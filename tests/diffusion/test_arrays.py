@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from duo_jax.diffusion import categorical, distillation, uniform
-from duo_jax.diffusion.arrays import anew, in_one_pass, in_two_passes, take
+from duo_jax.diffusion.arrays import in_one_pass, in_two_passes, recompute_after, take
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -22,11 +22,11 @@ def test_taking_an_entry_and_its_gradient(dtype):
     np.testing.assert_array_equal(np.float64(gradient), np.float64(cotangent)[..., None] * hot)
 
 
-def test_what_is_computed_anew_is_the_same():
+def test_what_is_recomputed_is_the_same():
     x, after = jnp.arange(3.0), jnp.ones(2)
-    np.testing.assert_array_equal(jax.jit(anew)(x, after), x)
+    np.testing.assert_array_equal(jax.jit(recompute_after)(x, after), x)
     for platform, kept in (("cpu", True), ("cuda", False), ("tpu", False)):
-        text = jax.jit(anew).trace(x, after).lower(lowering_platforms=(platform,)).as_text()
+        text = jax.jit(recompute_after).trace(x, after).lower(lowering_platforms=(platform,)).as_text()
         assert ("optimization_barrier" not in text) == kept
 
 
