@@ -1,9 +1,9 @@
 """Absorbing-state baselines: the masking process and the bounds of MDLM, SEDD and D3PM; and the autoregressive loss.
 
 MDLM (arXiv 2406.07524), SEDD (arXiv 2310.16834), D3PM (arXiv 2107.03006). Tokens `[B, L]`, logits `[B, L, K]`; a signal
-level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]`, and any other shape raises UserError. As in `uniform`, what visits the
-vocabulary takes any leading shape `[...]`. A masked token carries the id `mask_id`, one of the K. Losses are in nats per
-token.
+level alpha is a scalar, `[B]`, `[B, 1]` or `[B, L]`, and any other shape raises UserError. As in `uniform`, functions that
+read the vocabulary take any leading shape `[...]`. A masked token has the id `mask_id`, one of the K. Losses are in nats
+per token.
 """
 
 import math
@@ -19,8 +19,7 @@ from duo_jax.errors import UserError
 
 _MIN_NOISE = 1e-8
 
-
-# Beyond this a score's exponential, or that of its gradient, overflows float32.
+# A larger log-score overflows float32, in its exponential or in the gradient of it.
 _MAX_LOG_SCORE = 60.0
 
 
@@ -45,7 +44,7 @@ def _reveal_rate(alpha_s: jax.Array, alpha_t: jax.Array) -> jax.Array:
     return (alpha_s - alpha_t) / jnp.maximum(1.0 - alpha_t, _MIN_NOISE)
 
 
-def ask(
+def draw_without_prediction(
     keys: jax.Array,
     z_t: jax.Array,
     alpha_s: jax.typing.ArrayLike,
@@ -53,21 +52,22 @@ def ask(
     mask_id: int,
     kappa: jax.typing.ArrayLike = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Which tokens a `mixture_step` reveals, bool `[...]`, and what the others become, int32 `[...]`.
+    """Draws which tokens `mixture_step` reveals, bool `[...]`, and z_s of all other tokens, int32 `[...]`.
 
-    When a token is revealed does not depend on what it is, so a sampler needs predictions for these alone. The arguments
-    are those of `mixture_step`.
+    Whether a token is revealed does not depend on the prediction, so a sampler needs predictions for these tokens only:
+    pass them to `draw_with_prediction` with the same keys. The arguments are those of `mixture_step`.
     """
     alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
     reveal = kappa * _reveal_rate(alpha_s, alpha_t) + (1.0 - kappa) * alpha_s
     hide = (1.0 - kappa) * (1.0 - alpha_s)
     u = map_keys(lambda key: jax.random.uniform(jax.random.split(key)[0]), keys)
     masked = z_t == mask_id
-    return masked & (u < reveal), jnp.where(u < hide, mask_id, z_t).astype(jnp.int32)
+    needs_prediction = masked & (u < reveal)
+    return needs_prediction, jnp.where(u < hide, mask_id, z_t).astype(jnp.int32)
 
 
-def answer(keys: jax.Array, logits: jax.Array, mask_id: int) -> jax.Array:
-    """What the tokens that `ask` become, given their logits `[..., K]`, int32 `[...]`; see `mixture_step`."""
+def draw_with_prediction(keys: jax.Array, logits: jax.Array, mask_id: int) -> jax.Array:
+    """Draws z_s int32 `[...]` of the tokens for which `draw_without_prediction` needs one, from logits `[..., K]`."""
     draw_keys = map_keys(lambda key: jax.random.split(key)[1], keys)
     return categorical.draw(draw_keys, without(as_float(logits), mask_id))
 
@@ -83,12 +83,13 @@ def mixture_step(
 ) -> jax.Array:
     """Draws z_s given z_t with SUBS: reveals a masked token at rate (alpha_s - alpha_t)/(1 - alpha_t) (MDLM, eq. 6).
 
-    keys `[...]` (one a token), logits `[..., K]`, the rest `[...]` or wider, returns int32 `[...]`. `kappa` < 1 gives
-    the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) + (1-alpha_s) mask], which
-    also masks revealed tokens again. Which are revealed is drawn first, by `ask`, and what they become by `answer`.
+    keys `[...]` (one per token), logits `[..., K]`, z_t `[...]`, levels that broadcast to it; returns int32 `[...]`.
+    `kappa` < 1 gives the Psi step (arXiv 2602.21185), kappa q(z_s | z_t) + (1-kappa) [alpha_s q(z_0 | z_t) +
+    (1-alpha_s) mask], which also masks revealed tokens again. `draw_without_prediction` draws which tokens are revealed,
+    `draw_with_prediction` what they become.
     """
-    asks, z_s = ask(keys, z_t, alpha_s, alpha_t, mask_id, kappa)
-    return jnp.where(asks, answer(keys, logits, mask_id), z_s)
+    needs_prediction, z_s = draw_without_prediction(keys, z_t, alpha_s, alpha_t, mask_id, kappa)
+    return jnp.where(needs_prediction, draw_with_prediction(keys, logits, mask_id), z_s)
 
 
 def subs(logits: jax.Array, z_t: jax.Array, mask_id: int) -> jax.Array:

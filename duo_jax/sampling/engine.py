@@ -139,9 +139,11 @@ def _ask(keys: jax.Array, z_t: jax.Array, step: Step, vocab_size: int, settings:
     if settings.sampler == "analytic":  # the score tells also whether a token is revealed
         return z_t == mask, z_t
     if settings.process == "absorbing":
-        return absorbing.ask(keys, z_t, step.alpha_s, step.alpha_t, mask, step.kappa)
-    asks, z_s = uniform.ask(keys, z_t, step.alpha_s, step.alpha_t, step.kappa, vocab_size)
-    return asks | (step.last & (settings.noise_removal == "greedy")), z_s
+        return absorbing.draw_without_prediction(keys, z_t, step.alpha_s, step.alpha_t, mask, step.kappa)
+    needs_prediction, z_s = uniform.draw_without_prediction(
+        keys, z_t, step.alpha_s, step.alpha_t, step.kappa, vocab_size
+    )
+    return needs_prediction | (step.last & (settings.noise_removal == "greedy")), z_s
 
 
 def _answer(keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings) -> jax.Array:
@@ -149,8 +151,8 @@ def _answer(keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, sett
 
     def posterior() -> jax.Array:
         if settings.process == "uniform":
-            return uniform.answer(keys, logits, z_t, step.alpha_s, step.alpha_t, step.kappa)
-        drawn = functools.partial(absorbing.answer, keys, logits, settings.mask_id)
+            return uniform.draw_with_prediction(keys, logits, z_t, step.alpha_s, step.alpha_t, step.kappa)
+        drawn = functools.partial(absorbing.draw_with_prediction, keys, logits, settings.mask_id)
         if settings.sampler != "analytic":
             return drawn()
         # The removal reveals whatever is left; a score that is too small for it would leave masks.

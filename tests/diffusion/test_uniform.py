@@ -70,16 +70,17 @@ def test_step_draws_from_the_posterior(k, alpha_s, alpha_t):
 def test_where_a_step_does_not_ask_the_prediction_has_no_say(alpha_s, alpha_t, kappa):
     n, k = 50_000, 6
     keys, z_t = jax.jit(token_keys, static_argnums=1)(jax.random.key(2), (n,)), jnp.full(n, 4)
-    asks, z_s = (np.asarray(x) for x in jax.jit(uniform.ask, static_argnums=5)(keys, z_t, alpha_s, alpha_t, kappa, k))
+    draw = jax.jit(uniform.draw_without_prediction, static_argnums=5)
+    needs_prediction, z_s = (np.asarray(x) for x in draw(keys, z_t, alpha_s, alpha_t, kappa, k))
     answers = []
     for favourite in (4, 1):
         logits = jnp.broadcast_to(10.0 * jax.nn.one_hot(favourite, k), (n, k))
         answers.append(np.asarray(jax.jit(uniform.mixture_step)(keys, logits, z_t, alpha_s, alpha_t, kappa)))
-        np.testing.assert_array_equal(answers[-1][~asks], z_s[~asks])
+        np.testing.assert_array_equal(answers[-1][~needs_prediction], z_s[~needs_prediction])
     # And it asks no more often than the least and the most of a posterior's staying differ: p_i = 0 decides the least.
     jump = (alpha_s - alpha_t) / alpha_s
     expected = n * (kappa * jump / (1 - alpha_t) + (1 - kappa) * alpha_s)
-    assert abs(asks.sum() - expected) < 5 * np.sqrt(expected) + 1e-9
+    assert abs(needs_prediction.sum() - expected) < 5 * np.sqrt(expected) + 1e-9
     if expected > 1000:
         assert (answers[0] != answers[1]).any()
 
