@@ -118,14 +118,14 @@ def sigma(alpha: jax.typing.ArrayLike) -> jax.Array:
     return -jnp.log(jnp.asarray(alpha))
 
 
-def spread(
+def stratified_times(
     cell: jax.typing.ArrayLike, offset: jax.typing.ArrayLike, n: jax.typing.ArrayLike, eps: float = 1e-3
 ) -> jax.Array:
-    """Low-discrepancy times: the one at `offset` in [0, 1) of a cell, of the `n` equal ones that [eps, 1] is cut into.
+    """Low-discrepancy times: cuts [eps, 1] into `n` equal cells; returns the time at `offset` in [0, 1) of a cell.
 
     t = eps + (1-eps) (cell + offset) / n (I, section 5; VDM, app. I.1). With one offset for all cells the times are equally
-    spaced; together they cover [eps, 1] evenly, which lowers the variance of a loss. A time is uniform only if its cell is
-    drawn: see `objectives.Objective.times`. Shapes as the arguments broadcast.
+    spaced; together they cover [eps, 1] evenly, which lowers the variance of a loss. A single time is uniform only if its
+    cell is random: see `objectives.Objective.times`. The arguments broadcast.
     """
     return eps + (1.0 - eps) * ((jnp.asarray(cell) + offset) / n)
 

@@ -1,7 +1,7 @@
 """The vocabulary head, applied in chunks of tokens so that no `[B, L, K]` array exists at K = 50k.
 
 A float32 `[B, L, K]` takes 6.1 GiB at B = 32, L = 1024, K = 50,258. Losses and samplers need only a few numbers per
-token from it: they are functions of one chunk's logits, which are computed chunk by chunk and again in the backward pass.
+token from it, so they are written as functions of one chunk's logits and applied to one chunk after another.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from jax.sharding import Mesh, PartitionSpec
 Head = dict[str, jax.Array]  # kernel [D, K] and bias [K]
 Transposed = dict[str, jax.Array]  # kernel [K', D], in the compute type, and bias [K]
 
-_WHOLE = PartitionSpec()  # of what every device holds whole
-# The side of the tiles that matrix units multiply.
+_WHOLE = PartitionSpec()  # for arrays that every device holds whole
+# Matrix units multiply square tiles with this side.
 _TILE = 128
 _LARGEST_HALF = float(jnp.finfo(jnp.float16).max)
-# A visitor's intermediates (softmax, log pbar and their gradients) live beside the logits themselves.
+# A chunk holds the logits and a loss's intermediates of the same size (softmax, log pbar and their gradients).
 _ARRAYS_PER_CHUNK = 4
 
 
 def tokens_at_once(vocab_size: int, mib: int) -> int:
-    """Returns how many tokens' logits and their kin fit in `mib` MiB."""
+    """Returns how many tokens' logits, with a loss's intermediates, fit in `mib` MiB."""
     return max(1, mib * 2**20 // (vocab_size * 4 * _ARRAYS_PER_CHUNK))
 
 
 def chunk_length(batch: int, length: int, vocab_size: int, mib: int) -> int:
-    """Returns how many positions of every row one chunk may take for its logits and their kin to fit in `mib` MiB."""
+    """Returns how many positions of every row form one chunk, so that it fits in `mib` MiB as in `tokens_at_once`."""
     fits = max(1, tokens_at_once(vocab_size, mib) // batch)
     chunks = -(-length // min(fits, length))
     return -(-length // chunks)
@@ -41,7 +41,7 @@ def chunk_length(batch: int, length: int, vocab_size: int, mib: int) -> int:
 def sum_of_rows(x: jax.Array) -> jax.Array:
     """Returns the sum of `x [..., K]` over all but its last axis, in float32 or wider.
 
-    On a CPU as a product, which takes a twentieth of the time; elsewhere in the pass that makes x.
+    A CPU computes it as a matrix product, in a twentieth of the time; elsewhere it fuses with the pass that computes x.
     """
 
     def product(x: jax.Array) -> jax.Array:
@@ -53,10 +53,10 @@ def sum_of_rows(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=product, default=functools.partial(jnp.sum, axis=0, dtype=wide))
 
 
-def readable(head: Head, dtype: jnp.dtype) -> Head:
-    """Returns a head whose kernel `[D, K']` is as products read it: in `dtype`; in half precision K' is rounded up.
+def padded_head(head: Head, dtype: jnp.dtype) -> Head:
+    """Returns the head with its kernel `[D, K']` cast to `dtype` and, in half precision, padded to whole tiles.
 
-    Matrix units want rows of whole tiles. With K = 50,258 each product of a chunk would first copy its operands to such.
+    Matrix units need rows of whole tiles. With K = 50,258 each product of a chunk would first copy its operands to pad them.
     """
     kernel = head["kernel"]
     filling = -kernel.shape[1] % _TILE if jnp.dtype(dtype).itemsize == 2 else 0
@@ -64,29 +64,30 @@ def readable(head: Head, dtype: jnp.dtype) -> Head:
 
 
 def products(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns `hidden [..., D] @ kernel [D, K']` of a `readable` head, multiplied in its type and summed in float32."""
+    """Returns `hidden [..., D] @ kernel [D, K']` of a `padded_head`, multiplied in its type and summed in float32."""
     return jnp.matmul(hidden.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
 
 
-def of_products(products: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns the logits `[..., K]` that `products [..., K']` are but for the bias `[K]`."""
+def add_bias(products: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns the logits `[..., K]`: `products [..., K']` without the padding, plus the bias `[K]`."""
     return products[..., : bias.shape[0]] + bias
 
 
-def readable_logits(hidden: jax.Array, head: Head) -> jax.Array:
-    """Returns the logits `[..., K]` of a `readable` head."""
-    return of_products(products(hidden, head["kernel"]), head["bias"])
+def padded_head_logits(hidden: jax.Array, head: Head) -> jax.Array:
+    """Returns the logits `[..., K]` of a `padded_head` for `hidden [..., D]`."""
+    return add_bias(products(hidden, head["kernel"]), head["bias"])
 
 
 def products_gradient(
     hidden: jax.Array, kernel: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients in `hidden`, in a `readable` kernel, and of the rows' sum, from that in `products`: float32.
+    """Returns the gradients, in float32, with respect to `hidden`, the `padded_head`'s kernel and its (padded) bias.
 
-    The products are in the kernel's type: left to itself, a float32 cotangent would draw them to float32, at half the speed.
-    The rows' sum is of what was rounded to that type too, so that nothing of the vocabulary's size is held in float32.
+    `cotangent [..., K']` is that of `products`. It is cast to the kernel's type, because a float32 cotangent would make the
+    products float32, at half the speed. The bias's gradient sums the same rounded values, so that no float32 array of the
+    vocabulary's size is stored.
     """
-    if kernel.dtype == jnp.float16:  # beyond its range lies infinity, which no loss scale would cure
+    if kernel.dtype == jnp.float16:  # a value beyond its range would become infinite, which no loss scale can repair
         cotangent = jnp.clip(cotangent, -_LARGEST_HALF, _LARGEST_HALF)
     cotangent = cotangent.astype(kernel.dtype)
     rows = tuple(range(hidden.ndim - 1))
@@ -98,7 +99,7 @@ def products_gradient(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _logits(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return of_products(products(hidden, kernel.astype(dtype)), bias)
+    return add_bias(products(hidden, kernel.astype(dtype)), bias)
 
 
 def _logits_forward(hidden: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
@@ -122,26 +123,26 @@ def logits(hidden: jax.Array, head: Head, dtype: jnp.dtype) -> jax.Array:
 
 
 def transposed(head: Head, dtype: jnp.dtype) -> Transposed:
-    """Returns a `readable` head turned around, for the many products of `logits_of_transposed`."""
-    reader = readable(head, dtype)
-    return {"kernel": reader["kernel"].T, "bias": reader["bias"]}
+    """Returns the `padded_head` with its kernel transposed, for many calls of `logits_of_transposed`."""
+    padded = padded_head(head, dtype)
+    return {"kernel": padded["kernel"].T, "bias": padded["bias"]}
 
 
 def logits_of_transposed(hidden: jax.Array, head: Transposed) -> jax.Array:
-    """Returns what `logits` does: 8% sooner on a CPU, and a half-precision copy of the head is made once for all."""
+    """Returns what `logits` does, 8% faster on a CPU and without casting the head to half precision in each call."""
     kernel = head["kernel"]
     contracted = (((hidden.ndim - 1,), (1,)), ((), ()))
     product = jax.lax.dot_general(hidden.astype(kernel.dtype), kernel, contracted, preferred_element_type=jnp.float32)
-    return of_products(product, head["bias"])
+    return add_bias(product, head["bias"])
 
 
 def in_chunks(fn: Callable[..., Any], *per_token: Any, chunk: int) -> Any:
-    """Returns `fn(*per_token)` by calling it on `chunk` positions of every row at a time, again in the backward pass.
+    """Returns `fn(*per_token)`, called on `chunk` positions of every row at a time and again in the backward pass.
 
-    Chunks run along the length, so a batch that is split over devices stays split.
+    Chunks are cut along the length, so a batch that is split over devices stays split.
 
     Args:
-        fn: maps pytrees of `[B, l, ...]` to a pytree of `[B, l, ...]`, each token by itself.
+        fn: maps pytrees of `[B, l, ...]` to a pytree of `[B, l, ...]`, each token independently.
         *per_token: pytrees of `[B, L, ...]`.
         chunk: l; see `chunk_length`.
     """
@@ -152,23 +153,23 @@ def in_chunks(fn: Callable[..., Any], *per_token: Any, chunk: int) -> Any:
     return _join(out, length)
 
 
-def of_some(fn: Callable[..., Any], which: jax.Array, *per_token: Any, chunk: int) -> Any:
-    """Returns `fn(*per_token)` at the tokens `which`, and anything elsewhere, at the cost of these tokens alone.
+def map_selected_tokens(fn: Callable[..., Any], selected: jax.Array, *per_token: Any, chunk: int) -> Any:
+    """Returns `fn(*per_token)` at the selected tokens, at the cost of these tokens only; the rest is unspecified.
 
-    They are gathered and visited `chunk` at a time until there are none left.
-    There is no gradient.
+    The selected tokens are gathered and mapped `chunk` at a time. There is no gradient.
 
     Args:
-        fn: maps pytrees of `[l, ...]` to a pytree of `[l, ...]`, each token by itself.
-        which: bool `[B, L]`.
+        fn: maps pytrees of `[l, ...]` to a pytree of `[l, ...]`, each token independently.
+        selected: bool `[B, L]`.
         *per_token: pytrees of `[B, L, ...]`.
         chunk: l.
     """
-    tokens, count = which.size, jnp.sum(which)
+    tokens, count = selected.size, jnp.sum(selected)
     chunk = min(chunk, tokens)
     flat = jax.tree.map(lambda x: x.reshape(tokens, *x.shape[2:]), per_token)
-    asked_first = jnp.argsort(~which.reshape(-1), stable=True)
-    order = jnp.append(asked_first, jnp.full(chunk, tokens, asked_first.dtype))  # beyond the end: left out
+    selected_first = jnp.argsort(~selected.reshape(-1), stable=True)
+    # Indices past the end fill up the last chunk; their results are dropped.
+    order = jnp.append(selected_first, jnp.full(chunk, tokens, selected_first.dtype))
 
     def visit(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         done, out = state
@@ -179,7 +180,7 @@ def of_some(fn: Callable[..., Any], which: jax.Array, *per_token: Any, chunk: in
     shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[:chunk], flat))
     out = jax.tree.map(lambda x: jnp.zeros((tokens, *x.shape[1:]), x.dtype), shapes)
     _, out = jax.lax.while_loop(lambda state: state[0] < count, visit, (jnp.zeros((), count.dtype), out))
-    return jax.tree.map(lambda x: x.reshape(*which.shape, *x.shape[1:]), out)
+    return jax.tree.map(lambda x: x.reshape(*selected.shape, *x.shape[1:]), out)
 
 
 def _cut(per_token: Any, chunk: int) -> Any:
@@ -206,23 +207,26 @@ def _join(cut: Any, length: int) -> Any:
 
 
 def _rows(mesh: Mesh) -> PartitionSpec:
-    """Of what is split by rows over all of a mesh."""
+    """For arrays whose rows are split over all devices of a mesh."""
     return PartitionSpec(mesh.axis_names)
 
 
-def on_rows(fn: Callable[..., Any], mesh: Mesh | None, *, whole: int, rows: int) -> Callable[..., Any]:
-    """Returns `fn` run by each device on its own rows, so that a gradient is summed over the devices once, at the end.
+def on_rows(fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """Returns `fn`, run by each device on its own rows: a gradient is summed over the devices once, at the end.
 
     Args:
-        fn: takes `whole` arguments that every device sees whole and `rows` that are split by rows, as its results are.
-        mesh: the devices; None for one, which changes nothing.
-        whole: see `fn`.
-        rows: see `fn`.
+        fn: called as `fn(shared, *split)`. Every device sees the pytree `shared` whole; the rows of `split` and of the
+            result are split over the devices.
+        mesh: the devices; None for one device, which returns `fn` itself.
     """
     if mesh is None:
         return fn
-    specs = (_WHOLE,) * whole + (_rows(mesh),) * rows
-    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=_rows(mesh), check_vma=False)
+
+    def run(shared: Any, *split: Any) -> Any:
+        specs = (_WHOLE, *(_rows(mesh),) * len(split))
+        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=_rows(mesh), check_vma=False)(shared, *split)
+
+    return run
 
 
 def weighted_sum(
@@ -239,78 +243,80 @@ def weighted_sum(
 ) -> jax.Array:
     """Returns the sum over tokens of `weight * fn(logits, *per_token, *constants)`, a scalar, in chunks of tokens.
 
-    Where a gradient is wanted it is taken along with the value, chunk by chunk: a sum's gradient needs nothing from what
-    comes after it, so each chunk's logits are computed once and gone, and not again in the backward pass. On several
-    devices each sums its own rows, and the head's gradient is summed over the devices once, not once a chunk.
+    If a gradient is wanted, each chunk computes it together with its value: the gradient of a sum depends on nothing that
+    comes later, so no chunk's logits need to be kept or recomputed for the backward pass. On several devices, each sums
+    its own rows, and the head's gradient is summed over the devices once, not once per chunk.
 
     Args:
-        fn: maps `[B, l, K]` logits and `[B, l, ...]` to `[B, l]`, each token by itself. No gradient flows to what it is
-            given beside the logits.
+        fn: maps logits `[B, l, K]` and pytrees of `[B, l, ...]` to `[B, l]`, each token independently. It is differentiated
+            with respect to the logits only.
         head: `kernel [D, K]` and `bias [K]`.
         hidden: `[B, L, D]`.
-        weight: `[B, L]`; a token of weight 0 counts nothing, even where `fn` is infinite.
+        weight: `[B, L]`; a token of weight 0 adds nothing, even where `fn` is infinite.
         per_token: pytrees of `[B, L, ...]`.
-        constants: pytrees that every token sees whole.
+        constants: further arguments of `fn`: pytrees that are the same for all tokens.
         chunk: l; see `chunk_length`.
-        dtype: of the products.
+        dtype: compute type of the matrix products.
         mesh: the devices over which the rows are split; None for one device.
     """
-    # What fn must not close over are traced arrays; hence the arguments.
+    # fn must not close over traced arrays (it is a static argument of a custom_vjp), so they are passed as arguments.
     rest = jax.lax.stop_gradient((weight, per_token, constants))
-    return _weighted_sum(head, hidden, rest, _Pass(fn, chunk, jnp.dtype(dtype), mesh))
+    return _weighted_sum(head, hidden, rest, _ChunkedSum(fn, chunk, jnp.dtype(dtype), mesh))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pass:
-    """One visit to all chunks; static."""
+class _ChunkedSum:
+    """The settings of `weighted_sum`, static, and its computation on one device."""
 
     fn: Callable[..., jax.Array]
     chunk: int
     dtype: jnp.dtype
     mesh: Mesh | None
 
-    def _visit(
+    def _chunk_sum(
         self, products: jax.Array, bias: jax.Array, weight: jax.Array, per_token: tuple, constants: tuple
     ) -> jax.Array:
-        out = self.fn(of_products(products, bias), *per_token, *constants)
+        out = self.fn(add_bias(products, bias), *per_token, *constants)
         return jnp.sum(jnp.where(weight != 0, weight * out, 0.0))
 
     def value(self, head: Head, hidden: jax.Array, rest: tuple) -> jax.Array:
         """The sum alone."""
         weight, per_token, constants = rest
-        reader = readable(head, self.dtype)
+        padded = padded_head(head, self.dtype)
 
-        def visit(total: jax.Array, piece: tuple) -> tuple[jax.Array, None]:
+        def add_chunk(total: jax.Array, piece: tuple) -> tuple[jax.Array, None]:
             hidden, weight, per_token, counts = piece
-            found = products(hidden, reader["kernel"])
-            return total + self._visit(found, reader["bias"], weight * counts, per_token, constants), None
+            found = products(hidden, padded["kernel"])
+            return total + self._chunk_sum(found, padded["bias"], weight * counts, per_token, constants), None
 
-        total, _ = jax.lax.scan(visit, jnp.zeros(()), self._pieces(hidden, weight, per_token))
+        total, _ = jax.lax.scan(add_chunk, jnp.zeros(()), self._pieces(hidden, weight, per_token))
         return self._over_devices(total)
 
     def value_and_grad(self, head: Head, hidden: jax.Array, rest: tuple) -> tuple[jax.Array, Head, jax.Array]:
-        """The sum and its gradient in `head` and `hidden`."""
+        """The sum and its gradients with respect to `head` and `hidden`."""
         weight, per_token, constants = rest
-        reader = readable(head, self.dtype)
-        kernel, bias = reader["kernel"], reader["bias"]
+        padded = padded_head(head, self.dtype)
+        kernel, bias = padded["kernel"], padded["bias"]
 
-        def visit(carry: tuple, piece: tuple) -> tuple[tuple, jax.Array]:
+        def add_chunk(carry: tuple, piece: tuple) -> tuple[tuple, jax.Array]:
             hidden, weight, per_token, counts = piece
-            value, cotangent = jax.value_and_grad(self._visit)(
+            value, cotangent = jax.value_and_grad(self._chunk_sum)(
                 products(hidden, kernel), bias, weight * counts, per_token, constants
             )
             d_hidden, *d_head = products_gradient(hidden, kernel, cotangent)
             return jax.tree.map(jnp.add, carry, (value, *d_head)), d_hidden
 
         start = jnp.zeros(()), jnp.zeros(kernel.shape), jnp.zeros(kernel.shape[1])
-        summed, d_hidden = jax.lax.scan(visit, start, self._pieces(hidden, weight, per_token))
+        summed, d_hidden = jax.lax.scan(add_chunk, start, self._pieces(hidden, weight, per_token))
         value, d_kernel, d_bias = self._over_devices(summed)
         vocab_size = bias.shape[0]
         d_head = {"kernel": d_kernel[:, :vocab_size], "bias": d_bias[:vocab_size]}
         return value, d_head, _join(d_hidden, hidden.shape[1])
 
-    def _pieces(self, hidden: jax.Array, weight: jax.Array, per_token: tuple) -> tuple:
-        # The copies that fill up the last chunk do not count.
+    def _pieces(
+        self, hidden: jax.Array, weight: jax.Array, per_token: tuple
+    ) -> tuple[jax.Array, jax.Array, tuple, jax.Array]:
+        """The arguments and a mask, cut into `[chunks, B, chunk, ...]`; the mask excludes the last chunk's filling."""
         length = hidden.shape[1]
         pieces = _cut((hidden, weight, per_token), self.chunk)
         chunks, batch = pieces[1].shape[:2]
@@ -330,17 +336,17 @@ class _Pass:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _weighted_sum(head: Head, hidden: jax.Array, rest: tuple, plan: _Pass) -> jax.Array:
+def _weighted_sum(head: Head, hidden: jax.Array, rest: tuple, plan: _ChunkedSum) -> jax.Array:
     return plan.on_devices(plan.value, _WHOLE)(head, hidden, rest)
 
 
-def _weighted_sum_forward(head: Head, hidden: jax.Array, rest: tuple, plan: _Pass) -> tuple[jax.Array, tuple]:
+def _weighted_sum_forward(head: Head, hidden: jax.Array, rest: tuple, plan: _ChunkedSum) -> tuple[jax.Array, tuple]:
     out = (_WHOLE, _WHOLE, plan.mesh and _rows(plan.mesh))
     value, d_head, d_hidden = plan.on_devices(plan.value_and_grad, out)(head, hidden, rest)
     return value, (d_head, d_hidden)
 
 
-def _weighted_sum_backward(plan: _Pass, gradient: tuple, cotangent: jax.Array) -> tuple:
+def _weighted_sum_backward(plan: _ChunkedSum, gradient: tuple, cotangent: jax.Array) -> tuple[Head, jax.Array, None]:
     d_head, d_hidden = jax.tree.map(lambda g: g * cotangent, gradient)
     return d_head, d_hidden, None
 

@@ -55,11 +55,11 @@ def denoiser(
         def on_device(reader: head.Transposed, asked: jax.Array, *per_token: Any) -> Any:
             fits = head.tokens_at_once(len(states) * network.vocab_size, network.head_budget)
             chunk = min(fits, max(_FEWEST, -(-asked.size // 4)))
-            return head.of_some(functools.partial(visit, reader), asked, *per_token, chunk=chunk)
+            return head.map_selected_tokens(functools.partial(visit, reader), asked, *per_token, chunk=chunk)
 
         alpha = spread(jnp.exp(-sigma), asked.shape)
         args = reader, asked, hidden, states, alpha, *per_token
-        return head.on_rows(on_device, mesh, whole=1, rows=len(args) - 1)(*args)
+        return head.on_rows(on_device, mesh)(*args)
 
     return denoise
 

@@ -60,7 +60,7 @@ def test_against_the_reference(golden):
             slope = vectors[f"cosine_eps{eps}_dalpha_f64"] * (1 - float(eps))
             np.testing.assert_allclose(cosine.dalpha(t), slope, rtol=1e-9, atol=1e-12)
     for n in (4, 7):
-        times = schedules.spread(np.arange(n), vectors[f"sample_t_u_{n}"], n)
+        times = schedules.stratified_times(np.arange(n), vectors[f"sample_t_u_{n}"], n)
         np.testing.assert_allclose(times, vectors[f"sample_t_{n}"], rtol=1e-6)
 
 

@@ -44,7 +44,7 @@ def test_some_tokens_are_visited_and_no_others(chunk, share):
         assert x.ndim == 2
         return {"sum": x.sum(-1), "twice": 2 * x, "noise": jax.vmap(jax.random.uniform)(keys)}
 
-    found = jax.jit(lambda *args: head.of_some(fn, which, *args, chunk=chunk))(x, token_keys)
+    found = jax.jit(lambda *args: head.map_selected_tokens(fn, which, *args, chunk=chunk))(x, token_keys)
     expected = jax.vmap(fn)(x, token_keys)
     visited = found["twice"].any(-1)
     assert (visited | ~which).all()
@@ -191,11 +191,11 @@ def test_a_half_precision_head_is_read_in_whole_tiles_and_says_the_same(dtype):
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"kernel": jax.random.normal(keys[0], (16, 37)), "bias": jax.random.normal(keys[1], 37)}
     hidden = jax.random.normal(keys[2], (2, 5, 16))
-    reader = head.readable(params, dtype)
-    assert reader["kernel"].shape == (16, 128)
-    assert head.readable(params, jnp.dtype("float32"))["kernel"].shape == (16, 37)
+    padded = head.padded_head(params, dtype)
+    assert padded["kernel"].shape == (16, 128)
+    assert head.padded_head(params, jnp.dtype("float32"))["kernel"].shape == (16, 37)
     whole = {"kernel": jnp.zeros((16, 256)), "bias": jnp.zeros(256)}
-    assert head.readable(whole, dtype)["kernel"].shape == (16, 256)
-    got, want = head.readable_logits(hidden, reader), head.logits(hidden, params, dtype)
+    assert head.padded_head(whole, dtype)["kernel"].shape == (16, 256)
+    got, want = head.padded_head_logits(hidden, padded), head.logits(hidden, params, dtype)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
