@@ -1,4 +1,4 @@
-"""The Gaussian side of the duality as a config describes it: the range of gamma, the curriculum, the distillation."""
+"""The Gaussian side of the duality, as set in a config: the range of gamma, the curriculum, the distillation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from duo_jax.diffusion import duality, operators
 from duo_jax.errors import UserError
 
-# Beyond this many rows of the embedding a token, reading all of it as one matrix product is the faster way.
-_FEW = 64
+# A token that mixes more rows of the embedding than this is faster with one matrix product over the whole embedding.
+_MOST_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Curriculum:
     Attributes:
         kind: `full` (the whole softmax) or `topk` (the efficient curriculum of paper II).
         start, end: the steps between which tau anneals; from `end` on, the loss is the discrete one.
-        tau_log10_start, tau_log10_end: log10 of the softmax temperature tau there.
+        tau_log10_start, tau_log10_end: log10 of the softmax temperature tau at these steps.
         k: how many tokens `topk` keeps.
     """
 
@@ -38,12 +38,12 @@ class Distillation:
     """`config.algo.distillation`: how `dcd` compares student and teacher; static.
 
     Attributes:
-        dt: `doubling` or `linear`: how the distillation's step grows.
-        round_length: steps after which the teacher is renewed and, if doubling, dt doubles.
+        dt: how the time step dt grows: `doubling` or `linear`.
+        round_length: training steps after which the teacher is replaced and, if doubling, dt doubles.
         n_steps: T; the first dt is 1/T.
-        dt_start, dt_end: of the linear growth, over all steps of the training.
+        dt_start, dt_end: first and last dt of the linear growth, over all steps of the training.
         kl: `backward`, KL(student || teacher), or `forward`.
-        teacher: what the teacher becomes: `ema` or `student`.
+        teacher: the weights that replace the teacher's: `ema` or `student`.
     """
 
     dt: str
@@ -62,9 +62,9 @@ class Gaussian:
     Attributes:
         gamma_min, gamma_max: the range of gamma_t; alpha_t = T(gamma_t) falls from one end to the other.
         operator: the form of T, one of `operators.NAMES`.
-        curriculum: of `duo`.
-        distillation: of `dcd`.
-        steps: of the training.
+        curriculum: settings of `duo`.
+        distillation: settings of `dcd`.
+        steps: the number of training steps.
     """
 
     gamma_min: float
@@ -76,7 +76,7 @@ class Gaussian:
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int) -> Gaussian:
-        """Returns the settings of `config.algo`; a range of gamma that is not given is found for the vocabulary."""
+        """Returns the settings of `config.algo`; computes an end of gamma's range that is None for the vocabulary."""
         algo = config.algo
         low, high = (
             operators.inverse(alpha, vocab_size) if given is None else given
@@ -89,15 +89,15 @@ class Gaussian:
         return cls(low, high, algo.operator, curriculum, distil, config.train.steps)
 
     def entries(self, vocab_size: int) -> int | None:
-        """Returns how many of the softmax's largest entries the network reads; None: all of them, drawn one by one.
+        """Returns how many of the softmax's largest entries the network reads; None means all, drawn one by one.
 
-        `full` too reads few where tau is so small, as in the paper, that float32 could not tell the others from zero.
+        `full` reads only a few if tau is so small, as in the paper, that the others are zero to float32.
         """
         curriculum = self.curriculum
         if curriculum.kind == "topk":
             return curriculum.k
-        warmest = 10.0 ** max(curriculum.tau_log10_start, curriculum.tau_log10_end)
-        return duality.entries_in_sight(warmest, self.gamma_min, vocab_size, min(_FEW, vocab_size // 8))
+        largest_tau = 10.0 ** max(curriculum.tau_log10_start, curriculum.tau_log10_end)
+        return duality.n_visible_entries(largest_tau, self.gamma_min, vocab_size, min(_MOST_ROWS, vocab_size // 8))
 
     def gamma(self, t: jax.Array) -> jax.Array:
         """Returns gamma_t, of t's shape."""

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from scipy.special import log_ndtr
 
 from duo_jax.diffusion.arrays import as_float, check_vocab_size, per_token
 from duo_jax.diffusion.order_statistics import distinct_others, top_normals
 from duo_jax.diffusion.special import log_mean_exp_below, ndtr
 from duo_jax.errors import UserError
 
-# The order statistics that enter the softmax's denominator one by one; what lies below them is summed in distribution.
+# At least so many order statistics enter the softmax's denominator one by one; the sum of the rest is a single draw.
 _EXACT_TERMS = 32
 
 
@@ -33,33 +34,24 @@ def signal_and_noise(gamma: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]
     return jnp.sqrt(jax.nn.sigmoid(-gamma)), jnp.sqrt(jax.nn.sigmoid(gamma))
 
 
-def log_ndtr_exact(z: np.ndarray) -> np.ndarray:
-    """log Phi(z) in float64, on the host, accurate in both tails."""
-    tail = np.array([0.5 * math.erfc(abs(v) / math.sqrt(2.0)) for v in z])
-    return np.where(z > 0, np.log1p(-tail), np.log(np.maximum(tail, 1e-300)))
-
-
 @functools.lru_cache(maxsize=32)
 def _nodes(vocab_size: int) -> tuple[np.ndarray, ...]:
     """Nodes z, log weights and lower tails of the quadrature over M, the largest of K-1 normals (float64)."""
-    # The integrands are analytic and vanish at both ends, so that the trapezoid rule converges exponentially: halving
-    # this step moves nothing above 1e-13. The upper end covers the derivative's peak near mu/2 until float32 ends.
+    # The integrands are analytic and vanish at both ends, so the trapezoid rule converges exponentially: halving this step
+    # changes no result by more than 1e-13. The upper end covers the derivative's peak near mu/2 as far as float32 reaches.
     step = 1.0 / 16.0
     z = np.arange(-9.0, 18.0, step)
-    log_weight = (
-        math.log(vocab_size * step / math.sqrt(2.0 * math.pi)) - 0.5 * z**2 + (vocab_size - 2) * log_ndtr_exact(z)
-    )
+    log_weight = math.log(vocab_size * step / math.sqrt(2.0 * math.pi)) - 0.5 * z**2 + (vocab_size - 2) * log_ndtr(z)
     kept = log_weight > -170.0
     z, log_weight = z[kept], log_weight[kept]
-    return z, log_weight, np.exp(log_ndtr_exact(-np.abs(z)))
+    return z, log_weight, np.exp(log_ndtr(-np.abs(z)))
 
 
 def alpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
     """The diffusion transformation operator alpha = T(gamma) (I, eq. 10), same shape as gamma; exact quadrature.
 
-    T = (K P - 1)/(K - 1) with P = E_u[Phi(mu + u)^(K-1)]. P is 1/K plus almost nothing where alpha is small, so this
-    sums a rearrangement whose every term is positive: with M the largest of K-1 normals,
-    T = K/(K-1) E[Phi(M) - Phi(M - mu)].
+    T = (K P - 1)/(K - 1) with P = E_u[Phi(mu + u)^(K-1)]. Where alpha is small, P is 1/K plus almost nothing, so this
+    computes an equal sum of positive terms: with M the largest of K-1 normals, T = K/(K-1) E[Phi(M) - Phi(M - mu)].
 
     Raises:
         UserError: K below 2.
@@ -67,7 +59,7 @@ def alpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
     check_vocab_size(vocab_size)
     gamma = as_float(gamma)
     z, log_weight, tail = _nodes(vocab_size)
-    side = np.where(z > 0, 1.0, -1.0)  # take the difference in the tail that is small
+    side = np.where(z > 0, 1.0, -1.0)  # take the difference in the smaller tail
     z, weight, tail, side = (jnp.asarray(v, gamma.dtype) for v in (z, np.exp(log_weight) * side, tail, side))
     mu = jnp.exp(-0.5 * gamma)[..., None]
     return jnp.sum(weight * (ndtr(side * (mu - z)) - tail), axis=-1)
@@ -76,7 +68,7 @@ def alpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
 def dalpha(gamma: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
     """The derivative d T / d gamma < 0, same shape as gamma: -(mu/2) K/(K-1) E[phi(M - mu)], M as in `alpha`.
 
-    The loss wants d alpha / d t, which is this times gamma_max - gamma_min.
+    The loss needs d alpha / d t, which is this times gamma_max - gamma_min.
 
     Raises:
         UserError: K below 2.
@@ -121,8 +113,8 @@ def tau(
 ) -> jax.Array:
     """The curriculum's temperature at a training step, from 10^log10_start at `start` to 10^log10_end at `end`.
 
-    The exponent moves linearly, and waits before `start`. From `end` on the curriculum is over, and 1e-10 stands for
-    the limit, in which the relaxed input is the one-hot z_t. `step` may be traced; float32 of its shape.
+    The exponent is constant before `start` and then changes linearly. From `end` on the curriculum is over, and 1e-10
+    stands for the limit, where the relaxed input is the one-hot z_t. `step` may be traced; returns float32 of its shape.
 
     Raises:
         UserError: `end` lies before `start`.
@@ -137,15 +129,15 @@ def tau(
 def tempered_topk(
     key: jax.Array, x: jax.Array, gamma: jax.typing.ArrayLike, tau: jax.typing.ArrayLike, k: int, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The k largest entries of softmax(w_t / tau), with w_t never built (II, section 4): the efficient curriculum.
+    """Draws the k largest entries of softmax(w_t / tau) without building w_t (II, section 4): the efficient curriculum.
 
     x int `[B, L]`, gamma as everywhere, tau > 0 a scalar. Returns weights float32 `[B, L, k]` in descending order,
-    which sum to less than 1 (the rest of the softmax is left out); their ids int32 `[B, L, k]`, distinct; and z_t int32
+    which sum to less than 1 (the rest of the softmax is omitted); their ids int32 `[B, L, k]`, distinct; and z_t int32
     `[B, L]`, the id of the largest, which is argmax(w_t), so that alpha_t = T(gamma_t).
 
-    Of the K-1 other tokens only the largest few matter, and which tokens those are is a uniform choice. Those kept, and
-    more up to 32, enter the denominator as drawn; the sum of all below them is drawn from a log-normal with the mean
-    and variance of a sum of truncated terms. With K-1 <= max(k, 32) everything is exact.
+    Of the K-1 other tokens only the largest few matter, and their ids are a uniform choice. The largest max(k, 32) are
+    drawn and enter the denominator one by one; the sum of all below them is drawn from a log-normal with the mean and
+    variance of a sum of truncated terms. With K-1 <= max(k, 32) everything is exact.
 
     Raises:
         UserError: K below 2, k outside 1 .. K, or a gamma of another shape.
@@ -165,8 +157,8 @@ def tempered_topk(
     values = jnp.where(slot == rank, true[..., None], _open_slot(others, slot, rank))
     ids = jnp.where(slot[:k] == rank, x[..., None], _open_slot(other_ids, slot[:k], rank)).astype(jnp.int32)
 
-    # Exponents are taken from the largest entry: those of w / tau itself have lost digits of w where tau is small. The
-    # largest's own is 0 by decree: compiled, the two sides of a difference may be rounded apart, and 1 / tau magnifies that.
+    # Exponents are relative to the largest entry: for small tau, w / tau itself has lost digits of w. The largest entry's
+    # exponent is set to 0: a compiler may round the two sides of the difference differently, and 1 / tau magnifies that.
     top = values[..., :1]
     exponents = jnp.where(slot == 0, 0.0, jnp.minimum((values - top) / tau, 0.0))
     terms = [exponents]
@@ -177,15 +169,16 @@ def tempered_topk(
     return jnp.exp(exponents[..., :k] - log_total), ids, ids[..., 0]
 
 
-def entries_in_sight(tau: float, gamma_min: float, vocab_size: int, most: int) -> int | None:
-    """How many of the largest entries are all that float32 can tell of softmax(w_t / tau), for every gamma >= gamma_min.
+def n_visible_entries(tau: float, gamma_min: float, vocab_size: int, most: int) -> int | None:
+    """Decides whether the `full` curriculum may use `tempered_topk`, and with which k: returns it, or None if it may not.
 
-    Entries that lie further below the largest than (tau / s) log(2^24 K), s the noise scale, add up to less than 2^-24
-    of it, all together. Returns the smallest m such that more than m lie nearer with probability at most 1e-9 a token,
-    or None if that is more than `most`. `tempered_topk` with k = m then draws the whole softmax.
+    It may if float32 cannot see any but the k largest entries of softmax(w_t / tau), for every gamma >= gamma_min. All
+    entries that lie further than (tau / s) log(2^24 K) below the largest, s the noise scale, add up to less than 2^-24 of
+    it. Returns the smallest m such that more than m entries lie nearer with probability at most 1e-9 per token, or None if
+    that m exceeds `most`. `tempered_topk` with k = m then draws the whole softmax.
 
-    Given M, the largest of the K-1 others, how many of the rest lie within d below it is binomial with p = 1 - Phi(M-d) /
-    Phi(M). Its tail has Chernoff's bound, which is averaged over M.
+    Given M, the largest of the K-1 others, the number of others within d below it is binomial with p = 1 - Phi(M-d) /
+    Phi(M). Chernoff's bound on its tail is averaged over M.
 
     Raises:
         UserError: K below 2.
@@ -196,7 +189,7 @@ def entries_in_sight(tau: float, gamma_min: float, vocab_size: int, most: int) -
     noise = math.sqrt(1.0 / (1.0 + math.exp(-gamma_min)))
     near = tau / noise * math.log(2.0**24 * vocab_size)
     z, log_weight, _ = _nodes(vocab_size)
-    mean = -(vocab_size - 2) * np.expm1(log_ndtr_exact(z - near) - log_ndtr_exact(z))
+    mean = -(vocab_size - 2) * np.expm1(log_ndtr(z - near) - log_ndtr(z))
     rest = np.arange(1, min(most, vocab_size) + 1)[:, None]
     ratio = np.maximum(rest, mean) / np.maximum(mean, 1e-300)
     tail = np.exp(np.maximum(rest, mean) - mean - np.maximum(rest, mean) * np.log(ratio))
@@ -206,7 +199,7 @@ def entries_in_sight(tau: float, gamma_min: float, vocab_size: int, most: int) -
 
 
 def _open_slot(sorted_others: jax.Array, slot: jax.Array, rank: jax.Array) -> jax.Array:
-    """The others `[..., m]` laid out over the slots `[k]` with the slot `rank [..., 1]` left free: `[..., k]`."""
+    """Moves the others `[..., m]` into slots `[k]`, leaving the slot `rank [..., 1]` for another entry: `[..., k]`."""
     source = jnp.clip(slot - (slot > rank), 0, sorted_others.shape[-1] - 1)
     return jnp.take_along_axis(sorted_others, source, axis=-1)
 

@@ -1,8 +1,8 @@
 """The diffusion transformation operator by name: exact, as a power series, or as the fits of paper II, for any K.
 
 Each operator is a frozen dataclass, so that it can be a static argument of a jitted function, with alpha(gamma) and
-dalpha(gamma) = d alpha / d gamma of gamma's shape. Exact is the default and costs no more than the others; they are
-here for parity with *The Diffusion Duality, Chapter II* (arXiv 2602.21185), fitted on the host to the exact operator.
+dalpha(gamma) = d alpha / d gamma of gamma's shape. Exact is the default and costs no more than the others, which are
+here for parity with *The Diffusion Duality, Chapter II* (arXiv 2602.21185). Fits are made on the host, to the exact one.
 """
 
 import dataclasses
@@ -13,20 +13,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import log_ndtr
 
 from duo_jax.diffusion import duality
 from duo_jax.diffusion.arrays import check_vocab_size
 from duo_jax.errors import UserError
 
-# The series is summed in powers of mu / 4, in the middle of the range in use, to keep float32's exponents small.
+# The series is summed in powers of mu / 4, a typical mu, to keep float32's exponents small.
 _SERIES_CENTRE = 4.0
-_SERIES_REACH = -4.0  # the least gamma that 150 terms serve
+_SERIES_REACH = -4.0  # the smallest gamma for which 150 terms are enough
 _FIT_POINTS = 513
 
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """The operator by quadrature, see `duality.alpha`, which raises UserError for K below 2, as does its derivative."""
+    """The operator by quadrature, see `duality.alpha`; both methods raise UserError for K below 2."""
 
     vocab_size: int
 
@@ -41,7 +42,7 @@ class Exact:
 
 @functools.lru_cache(maxsize=32)
 def series_coefficients(vocab_size: int, n_terms: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms (float64 `[n_terms]` each) of the power series' coefficients in mu, all of them non-negative.
+    """Logarithms (float64 `[n_terms]` each) of the power series' coefficients in mu, which are non-negative.
 
     m_n = int z^n phi Phi^(K-1) dz / n!, of which P = exp(-mu^2/2) sum_n m_n mu^n (II, the series form), and
     d_n = K int z^n phi^2 Phi^(K-2) dz / n!, of which d T / d mu = exp(-mu^2/2) sum_n d_n mu^n / sqrt(2 pi).
@@ -50,13 +51,13 @@ def series_coefficients(vocab_size: int, n_terms: int) -> tuple[np.ndarray, np.n
     z = np.arange(-20.0, 30.0, step) + 0.5 * step
     n = np.arange(n_terms)[:, None]
     log_factorial = np.array([math.lgamma(v + 1.0) for v in range(n_terms)])
-    log_cdf, log_phi = duality.log_ndtr_exact(z), -0.5 * z**2 - 0.5 * math.log(2.0 * math.pi)
+    log_cdf, log_phi = log_ndtr(z), -0.5 * z**2 - 0.5 * math.log(2.0 * math.pi)
     sign = np.where((z < 0) & (n % 2 == 1), -1.0, 1.0)
     log_power = n * np.log(np.abs(z)) - log_factorial[:, None] + math.log(step)
 
     def log_integral(log_weight: np.ndarray) -> np.ndarray:
         total = np.sum(sign * np.exp(log_power + log_weight), axis=-1)
-        # By symmetry an odd one is exactly 0 at K = 2; what rounding leaves there must not enter a logarithm.
+        # At K = 2 odd coefficients are 0 by symmetry; rounding may make them negative, which has no logarithm.
         return np.log(np.maximum(total, 1e-300))
 
     values = log_integral(log_phi + (vocab_size - 1) * log_cdf)
@@ -66,7 +67,7 @@ def series_coefficients(vocab_size: int, n_terms: int) -> tuple[np.ndarray, np.n
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """The operator as a power series in mu = exp(-gamma/2); 150 terms serve gamma >= -4 (II, the series form)."""
+    """The operator as a power series in mu = exp(-gamma/2); 150 terms suffice for gamma >= -4 (II, the series form)."""
 
     vocab_size: int
     n_terms: int = 150
@@ -82,7 +83,7 @@ class Series:
         """T(gamma), same shape as gamma."""
         mu = jnp.exp(-0.5 * jnp.asarray(gamma, jnp.result_type(gamma, jnp.float32)))
         log_m, _ = series_coefficients(self.vocab_size, self.n_terms)
-        # The term n = 0 is 1/K exp(-mu^2/2), which is joined with the -1/K of T.
+        # The term n = 0 is exp(-mu^2/2) / K; expm1 combines it with the -1/K of T.
         rest = self._sum(np.concatenate([[-np.inf], log_m[1:]]), mu)
         return (self.vocab_size * rest + jnp.expm1(-0.5 * mu**2)) / (self.vocab_size - 1)
 
@@ -97,7 +98,7 @@ class Series:
 class Polynomial:
     """alpha = sum_n c_n (2t - 1)^n with t = (gamma - gamma_min) / (gamma_max - gamma_min) in [0, 1].
 
-    Centred, because the coefficients in powers of t itself are large and alternate in sign, which float32 cannot add.
+    In powers of t itself the coefficients would be large and alternate in sign, and float32 would lose their sum.
     """
 
     gamma_min: float
@@ -156,21 +157,23 @@ def _fit_polynomial(degree: int, t: np.ndarray, target: np.ndarray) -> tuple[flo
 def _fit_sigmoid(t: np.ndarray, target: np.ndarray, *, edges: bool) -> tuple[float, ...]:
     from scipy import optimize  # slow to import, and only these two forms need it
 
-    none = (0.0, 0.0, 0.0)
-    plain = optimize.least_squares(lambda p: _sigmoid_curve(t, (*p, *none), np.tanh) - target, (1.0, -5.0, 2.0, 0.0)).x
+    no_edges = (0.0, 0.0, 0.0)
+    plain = optimize.least_squares(
+        lambda p: _sigmoid_curve(t, (*p, *no_edges), np.tanh) - target, (1.0, -5.0, 2.0, 0.0)
+    ).x
     if not edges:
-        return (*map(float, plain), *none)
-    # The correction switches over near the middle of the curve; where exactly decides which minimum is found.
+        return (*map(float, plain), *no_edges)
+    # The correction switches near the middle of the curve; its starting place decides which local minimum is found.
     starts = [(*plain, -0.1, 20.0, -20.0 * centre) for centre in (0.35, 0.5, 0.65)]
     fits = [optimize.least_squares(lambda p: _sigmoid_curve(t, p, np.tanh) - target, start) for start in starts]
     return tuple(map(float, min(fits, key=lambda fit: fit.cost).x))
 
 
 def _exact_on_host(gamma: np.ndarray, vocab_size: int) -> np.ndarray:
-    """T(gamma) `[n]` in float64 and off the device, so that a fit may be asked for while a function is traced."""
+    """T(gamma) `[n]` in float64 with NumPy, so that a fit can be made while JAX traces a function."""
     mu = np.exp(-0.5 * gamma)[:, None]
     z = np.arange(-12.0, max(14.0, mu.max() + 9.0), 1.0 / 16.0)
-    log_cdf = (vocab_size - 1) * duality.log_ndtr_exact(z)
+    log_cdf = (vocab_size - 1) * log_ndtr(z)
     win = np.sum(np.exp(-0.5 * (z - mu) ** 2 + log_cdf), axis=-1) / (16.0 * math.sqrt(2.0 * math.pi))
     return (vocab_size * win - 1.0) / (vocab_size - 1.0)
 
@@ -184,7 +187,7 @@ def inverse(alpha: float, vocab_size: int) -> float:
     check_vocab_size(vocab_size)
     if not 0.0 < alpha < 1.0:
         raise UserError(f"no gamma gives the signal level alpha = {alpha}; it must lie strictly between 0 and 1")
-    low, high = -12.0, 30.0  # T falls from 1 to next to 0 in between, for any vocabulary
+    low, high = -12.0, 30.0  # T falls from 1 to almost 0 in this range, for any vocabulary
     for _ in range(60):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if _exact_on_host(np.array([middle]), vocab_size)[0] > alpha else (low, middle)
@@ -196,10 +199,10 @@ NAMES = ("exact", "series", "sigmoid", "sigmoid-edge-corrected", "poly3", "poly5
 
 @functools.lru_cache(maxsize=64)
 def by_name(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> Operator:
-    """The operator that a configuration names, one of `NAMES`, for gamma in [gamma_min, gamma_max].
+    """The operator with one of the `NAMES`, for gamma in [gamma_min, gamma_max].
 
     Raises:
-        UserError: K below 2, there is none of that name, the range is empty, or it is one that the series does not reach.
+        UserError: K below 2, an unknown name, an empty range, or a range that the series does not cover.
     """
     check_vocab_size(vocab_size)
     if name not in NAMES:
@@ -225,9 +228,9 @@ def by_name(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> O
 
 
 def check_levels(name: str, vocab_size: int, gamma_min: float, gamma_max: float) -> None:
-    """Raises UserError where an operator, which may be a fit, gives signal levels outside (0, 1] on a range of gamma.
+    """Raises UserError if an operator, which may be a fit, gives signal levels outside (0, 1] on a range of gamma.
 
-    There a token has no distribution and no noise level -log(alpha). What `by_name` refuses is refused, too.
+    Such a level gives no distribution of z_t or no noise level -log(alpha). Raises the errors of `by_name`, too.
     """
     with jax.ensure_compile_time_eval():
         gamma = jnp.linspace(gamma_min, gamma_max, _FIT_POINTS)

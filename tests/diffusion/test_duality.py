@@ -187,15 +187,15 @@ def test_efficient_curriculum_compiled_at_the_papers_temperature(k, top):
 
 @pytest.mark.parametrize("k", [2, 3, 7])
 def test_small_vocabularies_are_drawn_whole(k):
-    assert duality.entries_in_sight(1e-3, -3.5, k, k // 8) is None
+    assert duality.n_visible_entries(1e-3, -3.5, k, k // 8) is None
 
 
 @pytest.mark.parametrize(
     ("k", "gamma", "tau"), [(50, -2.0, 1e-3), (400, -2.5, 3e-3), (3000, -3.5, 1e-3), (3000, -1.0, 1e-2)]
 )
-def test_entries_in_sight_hold_the_whole_softmax(k, gamma, tau):
+def test_visible_entries_hold_the_whole_softmax(k, gamma, tau):
     """What lies beyond them adds up to less than 2^-24; two would not do; the slots follow the dense softmax."""
-    m = duality.entries_in_sight(tau, gamma, k, k)
+    m = duality.n_visible_entries(tau, gamma, k, k)
     assert m < k
     x = jnp.full((20, 200), 1)
     w = np.float64(duality.gaussian_latent(jax.random.key(3), x, gamma, k))
@@ -214,11 +214,11 @@ def test_entries_in_sight_hold_the_whole_softmax(k, gamma, tau):
         assert stats.ks_2samp(ours.ravel().round(3), theirs.ravel().round(3)).pvalue > FALSE_ALARM
 
 
-def test_entries_in_sight_are_only_counted_up_to_a_limit():
-    assert duality.entries_in_sight(0.1, -3.55, 50_257, 64) is None
-    assert duality.entries_in_sight(1e-3, -3.55, 50_257, 64) == 31
-    assert duality.entries_in_sight(1e-3, -3.55, 50_257, 30) is None
-    assert duality.entries_in_sight(1e-3, -3.55, 2, 2) == 2
+def test_visible_entries_are_only_counted_up_to_a_limit():
+    assert duality.n_visible_entries(0.1, -3.55, 50_257, 64) is None
+    assert duality.n_visible_entries(1e-3, -3.55, 50_257, 64) == 31
+    assert duality.n_visible_entries(1e-3, -3.55, 50_257, 30) is None
+    assert duality.n_visible_entries(1e-3, -3.55, 2, 2) == 2
 
 
 def test_efficient_curriculum_never_builds_the_vocabulary():
