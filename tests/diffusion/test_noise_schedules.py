@@ -92,7 +92,7 @@ def test_a_schedule_is_a_static_argument():
 
 
 def test_mistakes_are_told():
-    with pytest.raises(UserError, match="unknown noise schedule 'linear'"):
+    with pytest.raises(UserError, match="unknown noise schedule 'linear': choose one of log_linear, cosine"):
         schedules.by_name("linear")
     for make in (schedules.log_linear, schedules.cosine):
         for eps in (1.0, -1e-3):
