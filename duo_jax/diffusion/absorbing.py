@@ -95,7 +95,7 @@ def mixture_step(
 def subs(logits: jax.Array, z_t: jax.Array, mask_id: int) -> jax.Array:
     """MDLM's parametrisation (section 3.2.3) as log-probabilities: logits `[..., K]`, z_t int `[...]`, to `[..., K]`.
 
-    A masked token never predicts the mask, a revealed one copies itself; log 0 is -1e6, so that no NaN can follow.
+    A masked token never predicts the mask, a revealed one copies itself. log 0 is -1e6, which never turns into a NaN.
     """
     log_p = jax.nn.log_softmax(without(as_float(logits), mask_id), axis=-1)
     copy = jnp.where(jax.nn.one_hot(z_t, logits.shape[-1], dtype=jnp.bool_), 0.0, IMPOSSIBLE)
@@ -117,7 +117,7 @@ def mdlm_nelbo_from_logits(
     dalpha: jax.typing.ArrayLike,
     mask_id: int,
 ) -> jax.Array:
-    """As `mdlm_nelbo` of `subs`, from logits `[..., K]` of any leading shape without the log-probabilities' table."""
+    """As `mdlm_nelbo` of `subs`, from logits `[..., K]` and without a table of log-probabilities; z_t, x int `[...]`."""
     loss = _mdlm_weight(x, alpha, dalpha) * nll(logits, x, mask_id)
     return jnp.where(z_t == mask_id, loss, 0.0)
 
@@ -130,8 +130,8 @@ def _mdlm_weight(x: jax.Array, alpha: jax.typing.ArrayLike, dalpha: jax.typing.A
 def sedd_log_score(logits: jax.Array, z_t: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Array:
     """SEDD's log-score from the network's output: logits `[..., K]`, z_t int `[...]`, to `[..., K]` (SEDD, app. C.2).
 
-    The output is scaled by 1 / (expm1(sigma) (K-1)), the mean score, and is 0 at the input token. With
-    alpha = e^-sigma, expm1(sigma) = (1-alpha)/alpha.
+    The network's output is multiplied by 1 / (expm1(sigma) (K-1)), the mean score; the log-score of the input token is 0.
+    With alpha = e^-sigma, expm1(sigma) = (1-alpha)/alpha.
     """
     vocab_size = logits.shape[-1]
     alpha = as_float(per_token(alpha, z_t.shape))
@@ -155,7 +155,7 @@ def sedd_nelbo(
     """dsigma (sum_j s_j - r log s_x + r (log r - 1)) at masked tokens (SEDD, eq. 5): the denoising score entropy.
 
     log_score `[..., K]`, z_t and x int `[...]`, to `[...]`; j over the non-masks, r = 1/expm1(sigma) and
-    dsigma = -alpha'/alpha. Arranged as the other tokens' score plus r (y - 1 - log y), y = s_x / r, both non-negative.
+    dsigma = -alpha'/alpha. Computed as the sum of s_j over j != x plus r (y - 1 - log y), y = s_x / r, both non-negative.
     """
     alpha, dalpha = (as_float(per_token(value, x.shape)) for value in (alpha_t, dalpha_t))
     log_rate = -_log_expm1_sigma(alpha)
@@ -173,13 +173,13 @@ def sedd_step(
     """SEDD's analytic step (SEDD, eq. 17-19) over dsigma = sigma_t - sigma_s as a mixture: int32 `[...]`.
 
     keys `[...]`, log_score `[..., K]`. The staggered score times the transposed transition reveals a masked token with
-    probability expm1(dsigma) sum_j s_j over the non-masks, and which one in proportion to s_j.
+    probability expm1(dsigma) sum_j s_j, j over the non-masks, and then draws token j in proportion to s_j.
     """
     dsigma = per_token(dsigma, z_t.shape)
 
     def noise(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        which, token = jax.random.split(key)
-        return jax.random.uniform(which), token
+        reveal_key, draw_key = jax.random.split(key)
+        return jax.random.uniform(reveal_key), draw_key
 
     u, draw_keys = map_keys(noise, keys)
     drawn, log_total = categorical.draw_with_log_normaliser(draw_keys, without(as_float(log_score), mask_id))
@@ -190,7 +190,7 @@ def sedd_step(
 def sedd_probabilities(log_score: jax.Array, z_t: jax.Array, dsigma: jax.typing.ArrayLike, mask_id: int) -> jax.Array:
     """The distribution that `sedd_step` draws from, as a dense table `[..., K]`: staggered score times transition.
 
-    The mask's entry of the staggered score is 1 - expm1(dsigma) sum_j s_j, at least 0 (a score too large for the step).
+    The mask's probability is 1 - expm1(dsigma) sum_j s_j, or 0 if the score is too large for the step; then normalised.
     """
     vocab_size = log_score.shape[-1]
     score = jnp.exp(without(as_float(log_score), mask_id))
@@ -211,13 +211,14 @@ def d3pm_nelbo(
 ) -> jax.Array:
     """T KL(q(z_s | z_t, x) || p(z_s | z_t)) of the T-step chain with alpha = 1 - t and s = t - 1/T (D3PM, eq. 1).
 
-    logits `[..., K]`, z_t and x int `[...]`, to `[...]`; only masked tokens cost. The mean over t in {1/T, ..., 1} is
-    the sum of the chain's terms; `d3pm_reconstruction` is the term at its end. The network may put mass on the mask,
-    and p(z_s | z_t) is in proportion to sum_j p_j q(z_s, z_t | x = j) (D3PM, eq. 4).
+    logits `[..., K]`, z_t and x int `[...]`, to `[...]`; the loss is 0 at unmasked tokens. The mean over t in {1/T, ..., 1}
+    is the sum of the chain's terms; `d3pm_reconstruction` is the term at its end. The network may put mass on the mask,
+    and p(z_s | z_t) is proportional to sum_j p_j q(z_s, z_t | x = j) (D3PM, eq. 4).
 
-    With u = alpha_s - alpha_t, r = u/(1-alpha_t) and m the mask, the divergence is
-    r (log(1 + alpha_s/(1-alpha_s) p_m) - log p_x) - log(1 + p_m r/((1-alpha_s)(1 + alpha_t/(1-alpha_t) p_m))),
-    every term of order 1/T, so that the factor T magnifies no rounding.
+    With m the mask, r = (alpha_s - alpha_t)/(1-alpha_t), o_s = alpha_s/(1-alpha_s) p_m and o_t likewise, the divergence is
+    r (log(1 + o_s) - log p_x) - log(1 + p_m r/((1-alpha_s)(1 + o_t))),
+    every term of order 1/T, so that the factor T magnifies no rounding. Where alpha_s = 1, its limit is
+    log(1 + o_t) - log p_x.
 
     Raises:
         UserError: `n_steps` below 1, or an alpha_t of another shape.
@@ -226,25 +227,26 @@ def d3pm_nelbo(
         raise UserError(f"D3PM's number of steps must be at least 1, not {n_steps}")
     alpha_t = as_float(per_token(alpha_t, x.shape))
     noise_t = jnp.maximum(1.0 - alpha_t, _MIN_NOISE)
-    reveal = jnp.minimum(1.0 / (n_steps * noise_t), 1.0)
-    # 1 - alpha_s; the last step leaves no noise, and rounding must not leave some either: t lies on the grid, at 1/T there.
+    r = jnp.minimum(1.0 / (n_steps * noise_t), 1.0)
+    # 1 - alpha_s. The last step, t = 1/T, must leave exactly no noise, despite rounding; other t are multiples of 1/T.
     noise_s = jnp.where(noise_t * n_steps < 1.5, 0.0, noise_t - 1.0 / n_steps)
-    p_mask = jnp.exp(-nll(logits, jnp.full_like(x, mask_id)))
-    spared = p_mask * alpha_t / noise_t
-    safe = jnp.where(noise_s > 0.0, noise_s, 1.0)
-    inner = reveal * jnp.log1p(p_mask * (1.0 - safe) / safe) - jnp.log1p(p_mask * reveal / (safe * (1.0 + spared)))
-    waste = jnp.where(noise_s > 0.0, inner, jnp.log1p(spared))
-    return jnp.where(z_t == mask_id, n_steps * (reveal * nll(logits, x) + waste), 0.0)
+    p_m = jnp.exp(-nll(logits, jnp.full_like(x, mask_id)))
+    o_t = p_m * alpha_t / noise_t
+    nonzero_noise_s = jnp.where(noise_s > 0.0, noise_s, 1.0)
+    o_s = p_m * (1.0 - nonzero_noise_s) / nonzero_noise_s
+    terms_in_p_m = r * jnp.log1p(o_s) - jnp.log1p(p_m * r / (nonzero_noise_s * (1.0 + o_t)))
+    terms_in_p_m = jnp.where(noise_s > 0.0, terms_in_p_m, jnp.log1p(o_t))
+    return jnp.where(z_t == mask_id, n_steps * (r * nll(logits, x) + terms_in_p_m), 0.0)
 
 
 def d3pm_reconstruction(logits: jax.Array, x: jax.Array) -> jax.Array:
-    """-log p(x | z_0), `[...]`, with the network's logits `[..., K]` at the chain's end (sigma = 0); x int `[...]`."""
+    """-log p(x | z_0), `[...]`, from the network's logits `[..., K]` at the chain's end (sigma = 0); x int `[...]`."""
     return nll(logits, x)
 
 
 def ar_nll(logits: jax.Array, x: jax.Array, mask_id: int | None = None) -> jax.Array:
     """Next-token cross-entropy: logits `[B, L, K]` at positions 0 .. L-1, x int `[B, L]` at 1 .. L, to `[B, L]`.
 
-    `mask_id`, an id that text never holds, is left out of the distribution.
+    The distribution excludes `mask_id`, an id that never occurs in text.
     """
     return nll(logits, x, mask_id)
