@@ -1,4 +1,4 @@
-"""Discrete consistency distillation: pairs on one trajectory, step sizes, and the divergence to be minimised.
+"""Discrete consistency distillation: pairs on one trajectory, step sizes, and the divergence to minimise.
 
 *The Diffusion Duality* (arXiv 2506.10892, "I"), section 4.2 and algorithm 1. Tokens are `[B, L]`; gamma and t are
 scalars, `[B]`, `[B, 1]` or `[B, L]`. The student sees (z_t, t) and the frozen teacher (z_s, s), s = t - dt.
@@ -22,9 +22,9 @@ def trajectory_pair(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws (z_t, z_s) = (argmax w_t, argmax w_s) of one noise eps (I, alg. 1), int32 `[B, L]`: the exact joint law.
 
-    x int `[B, L]`, gamma_s <= gamma_t. Dividing w by its noise scale leaves mu x + eps, mu = exp(-gamma/2): x wins
-    where mu + eps_x exceeds the largest of the other eps, and otherwise that same largest wins at both times. So three
-    draws a token are enough: eps_x, the largest of K-1 normals, and which token holds it.
+    x int `[B, L]`, gamma_s <= gamma_t. Dividing w by its noise scale leaves mu x + eps, mu = exp(-gamma/2). x is the argmax
+    if mu + eps_x exceeds the largest of the other eps; otherwise the token with that largest eps is, at both times. So
+    three draws per token are enough: eps_x, the largest of K-1 normals, and the token that has it.
 
     Raises:
         UserError: K below 2, or a gamma of another shape.
@@ -41,22 +41,23 @@ def trajectory_pair(
 
 
 def pair_times(t: jax.typing.ArrayLike, dt: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """The two times (t', s) of a pair from a drawn t: t' = min(t + dt, 1) and s = max(t' - dt, 0), same shape as t."""
+    """The two times (t', s) of a pair from a random t: t' = min(t + dt, 1) and s = max(t' - dt, 0), same shape as t."""
     later = jnp.clip(jnp.asarray(t) + dt, 0.0, 1.0)
     return later, jnp.clip(later - dt, 0.0, 1.0)
 
 
 def doubling_dt(step: jax.typing.ArrayLike, round_length: int = 10_000, n_steps: int = 512) -> jax.Array:
-    """dt = 2^(step // round_length) / n_steps, at most 1: each round takes steps twice as long (I, section 5.2).
+    """dt = 2^(step // round_length) / n_steps, at most 1: each round doubles dt (I, section 5.2).
 
-    `step` may be traced; float32 of its shape. A new round, hence a new teacher, starts where step % round_length = 0.
+    `step` may be traced; returns float32 of its shape. A new round, and with it a new teacher, starts at every multiple of
+    `round_length`.
 
     Raises:
         UserError: `round_length` or `n_steps` below 1.
     """
     if round_length < 1 or n_steps < 1:
         raise UserError(f"a round ({round_length}) and the number of steps ({n_steps}) must be at least 1")
-    # ldexp keeps the powers of two exact, where exp2 in float32 is not.
+    # ldexp gives exact powers of two; exp2 in float32 does not.
     n_doublings = jnp.minimum(jnp.asarray(step) // round_length, n_steps.bit_length()).astype(jnp.int32)
     return jnp.minimum(jnp.ldexp(jnp.float32(1.0), n_doublings) / n_steps, 1.0)
 
@@ -75,8 +76,8 @@ def linear_dt(step: jax.typing.ArrayLike, max_steps: int, dt_start: float = 1e-3
 def kl(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
     """KL(p || q) in nats between softmax(logits_p) and softmax(logits_q), each `[..., K]`, broadcast, to `[...]`.
 
-    Summed as p (q/p - 1 - log(q/p)), whose terms are non-negative, so that float32 resolves two nearly equal networks.
-    The one gradient temporary a side aside, nothing of the vocabulary's size is kept.
+    The terms of the sum are p (q/p - 1 - log(q/p)) >= 0, so that float32 resolves two nearly equal networks. Apart from one
+    gradient temporary for each argument, nothing of the vocabulary's size is kept.
     """
     return _kl(*jnp.broadcast_arrays(logits_p, logits_q))
 
@@ -97,7 +98,7 @@ def _kl_forward(logits_p: jax.Array, logits_q: jax.Array) -> tuple[jax.Array, tu
     log_p, log_q = values_p - norm_p, values_q - norm_q
     p = jnp.exp(log_p)
     log_ratio = log_q - log_p
-    # Where p vanishes the term is q; elsewhere a ratio beyond float32 is left to the plain difference.
+    # Where p is 0 the term is q. Where q/p >= e, which may overflow float32, the plain difference is accurate.
     near = p * excess(jnp.expm1(jnp.minimum(log_ratio, 1.0)), log_ratio)
     far = jnp.exp(log_q) - p - p * log_ratio
     terms = jnp.where(p > 0.0, jnp.where(log_ratio < 1.0, near, far), jnp.exp(log_q))
@@ -119,7 +120,7 @@ _kl.defvjp(_kl_forward, _kl_backward)
 
 
 def kl_backward(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """The recipe's loss KL(student || teacher), mode-seeking (I, alg. 1), nats `[...]`: logits `[..., K]` each."""
+    """The paper's loss KL(student || teacher), mode-seeking (I, alg. 1), in nats `[...]`: logits `[..., K]` each."""
     return kl(student, teacher)
 
 

@@ -1,4 +1,4 @@
-"""The largest of many normals, and who holds them, without drawing the many."""
+"""Draws the largest of many normals, and which tokens have them, without drawing all of them."""
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,20 @@ def normals_from_gaps(gaps: jax.Array, n: int) -> jax.Array:
     """The k largest of n normals from k standard exponentials `[..., k]` (Rényi's representation), descending.
 
     The largest of n uniforms is U^(1/n), the next is that times U'^(1/(n-1)), and so on: in logarithms, a running sum
-    of exponentials. The quantile is taken from the side of the median that is small: 1 - u has lost u's digits.
+    of exponentials. The quantile comes from the smaller tail, because 1 - u has lost u's digits.
     """
     k = gaps.shape[-1]
     log_u = -jnp.cumsum(gaps / (n - jnp.arange(k)), axis=-1)
     upper = -jnp.expm1(log_u)
     z = jnp.where(upper < 0.5, -ndtri(jnp.minimum(upper, 0.5)), ndtri(jnp.minimum(jnp.exp(log_u), 0.5)))
-    # Far apart uniforms may round to neighbouring quantiles out of order; the callers count on the order.
+    # Rounding may put quantiles slightly out of order; callers rely on the order.
     return lax.cummin(z, axis=z.ndim - 1)
 
 
 def distinct_others(key: jax.Array, x: jax.Array, k: int, vocab_size: int) -> jax.Array:
-    """k distinct tokens other than x, a uniform choice in uniform order: x int `[...]`, to int32 `[..., k]`.
+    """Draws k distinct tokens other than x, uniformly and in random order: x int `[...]`, to int32 `[..., k]`.
 
-    The first k steps of a Fisher-Yates shuffle of the K-1 others, with only the swaps remembered: k^2 comparisons.
+    These are the first k steps of a Fisher-Yates shuffle of the K-1 others that stores only the swaps: k^2 comparisons.
     """
     partners = jax.random.randint(key, (*x.shape, k), jnp.arange(k), vocab_size - 1, jnp.int32)
     ranks = shuffle_prefix(partners)
@@ -41,7 +41,7 @@ def shuffle_prefix(partners: jax.Array) -> jax.Array:
     places = jnp.arange(partners.shape[-1], dtype=jnp.int32)
 
     def value_at(place: jax.Array, j: jax.Array, moved: jax.Array) -> jax.Array:
-        """What lies at `place [...]` before swap j: what the latest earlier swap put there, or its own number."""
+        """The value at `place [...]` before swap j: the latest earlier swap's, or the place's own number."""
         hits = (partners == place[..., None]) & (places < j)
         latest = jnp.max(jnp.where(hits, places, -1), axis=-1)
         value = jnp.take_along_axis(moved, jnp.maximum(latest, 0)[..., None], axis=-1)[..., 0]

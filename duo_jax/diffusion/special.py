@@ -1,4 +1,4 @@
-"""Scalar functions that float32 needs in a careful form."""
+"""Scalar functions in forms that are accurate in float32."""
 
 import math
 
@@ -8,13 +8,13 @@ from jax import lax
 
 
 def excess(d: jax.Array, log_ratio: jax.Array) -> jax.Array:
-    """d - log(1+d) >= 0, to float32's full relative accuracy, where the caller knows log(1+d) as `log_ratio`; any shape.
+    """d - log(1+d) >= 0, to float32's full relative accuracy, for a caller that knows log(1+d), `log_ratio`; any shape.
 
     This is r_hat/r - 1 - log(r_hat/r), the convex gap of which every bound here is a sum. Near d = 0 the two terms
     cancel; there, with w = d/(2+d), log(1+d) = 2 artanh(w) and d - 2w = d w, so only small corrections are subtracted.
-    Automatic differentiation is right where it goes through both arguments, and d is finite, as in `absorbing.sedd_nelbo`:
-    near 0 the value is a function of d alone, so that neither argument's derivative says anything by itself. At d = inf
-    the value is right and the gradient NaN. `uniform` and `distillation` have their gradients in closed form.
+    Automatic differentiation is right only through both arguments together, as in `absorbing.sedd_nelbo`, because near 0
+    the value is computed from d alone; and only for finite d: at d = inf the value is right and the gradient NaN.
+    `uniform_nelbo` and `distillation` have gradients in closed form.
     """
     w = d / (2.0 + d)
     w2 = w * w
@@ -28,7 +28,7 @@ def ndtr(z: jax.Array) -> jax.Array:
 
 
 def log_scaled_upper_tail(y: jax.Array) -> jax.Array:
-    """log(exp(y^2/2) Phi(-y)) for y >= 0, any shape: what is left of the normal tail once its Gaussian is taken out."""
+    """log(exp(y^2/2) Phi(-y)) for y >= 0, any shape: the normal tail without its Gaussian factor."""
     near = jnp.minimum(y, 5.0)
     far = jnp.maximum(y, 5.0)
     fraction = far
@@ -40,8 +40,8 @@ def log_scaled_upper_tail(y: jax.Array) -> jax.Array:
 def log_mean_exp_below(ceiling: jax.Array, scale: jax.Array) -> jax.Array:
     """log E[exp(v) | v < ceiling] for v ~ N(0, scale^2), any shape (II, app. on the softmax's denominator).
 
-    The textbook scale^2/2 + log Phi(a - scale) - log Phi(a), a = ceiling / scale, subtracts numbers of order scale^2,
-    and scale reaches 1000; here the squares are cancelled by hand wherever the argument is in the lower tail.
+    The textbook form scale^2/2 + log Phi(a - scale) - log Phi(a), a = ceiling / scale, subtracts numbers of order scale^2,
+    and scale reaches 1000. Here the squares are cancelled analytically if Phi's argument is in the lower tail.
     """
     a = ceiling / scale
     y = scale - a
@@ -50,7 +50,7 @@ def log_mean_exp_below(ceiling: jax.Array, scale: jax.Array) -> jax.Array:
         ceiling - 0.5 * a**2 + log_scaled_upper_tail(jnp.maximum(y, 0.0)),
         0.5 * scale**2 + jnp.log(ndtr(-jnp.minimum(y, 0.0))),
     )
-    # Phi(a) in a's own lower tail likewise.
+    # The same for Phi(a) if a is in the lower tail.
     low = jnp.maximum(-a, 0.0)
     log_ndtr_a = jnp.where(a > 0.0, jnp.log1p(-ndtr(-jnp.maximum(a, 0.0))), log_scaled_upper_tail(low) - 0.5 * low**2)
     return tail - log_ndtr_a
