@@ -1,4 +1,4 @@
-"""Self-attention, and the explicit choice of who computes it: cuDNN's flash attention where it can, XLA elsewhere."""
+"""Self-attention, with an explicit choice of the backend: cuDNN's flash attention where possible, XLA elsewhere."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ log = logging.getLogger(__name__)
 
 
 def choose(requested: str, device: Hardware, *, dtype: jnp.dtype, head_dim: int, length: int) -> tuple[str, str]:
-    """Returns who computes attention, `"cudnn"` or `"xla"`, and why.
+    """Returns the backend that computes attention, `"cudnn"` or `"xla"`, and the reason.
 
     cuDNN needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, bfloat16 or float16, and a head size that is a
-    multiple of 8 and at most 128 (256 on Hopper, 9.0). An odd length is left to XLA, though JAX refuses only the gradient of
-    one with a bias.
+    multiple of 8 and at most 128 (256 on Hopper, 9.0). Odd lengths go to XLA, although JAX rejects only the gradient of an
+    odd length with a bias.
 
     Args:
         requested: `auto`, `xla` or `cudnn`.
-        device: what attention is computed on.
-        dtype: of queries, keys and values.
+        device: the hardware that computes attention.
+        dtype: the type of queries, keys and values.
         head_dim: the size of one head.
-        length: of the text.
+        length: the length of the text.
 
     Raises:
-        UserError: another name, or cuDNN was asked for by name and cannot do it.
+        UserError: another name, or `cudnn` is requested and impossible.
     """
     if requested not in ("auto", "xla", "cudnn"):
         raise UserError(f"attention is {requested!r}; choose auto, xla or cudnn.")
@@ -56,14 +56,14 @@ def choose(requested: str, device: Hardware, *, dtype: jnp.dtype, head_dim: int,
 
 
 def backend(requested: str, *, dtype: jnp.dtype, head_dim: int, length: int) -> str:
-    """Returns `choose` for the hardware that is compiled for, each answer logged once."""
+    """Returns the name that `choose` gives for the target hardware; logs each distinct answer once."""
     name, why = choose(requested, hardware.present(), dtype=dtype, head_dim=head_dim, length=length)
-    _tell(name, why)
+    _log_once(name, why)
     return name
 
 
 @functools.cache
-def _tell(name: str, why: str) -> None:
+def _log_once(name: str, why: str) -> None:
     log.info("attention: %s (%s)", name, why)
 
 
@@ -76,11 +76,11 @@ def rotary_angles(length: int, head_dim: int, base: float = 10_000.0) -> tuple[j
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns each pair (x_i, x_{i + head_dim/2}) of `x [B, L, H, head_dim]` by its position's angle, in float32 or wider."""
+    """Rotates the pairs (x_i, x_{i + head_dim/2}) of `x [B, L, H, head_dim]` by their positions' angles in >= float32."""
     halves = as_float(x).reshape(*x.shape[:-1], 2, -1)
     cos, sin = (angle.reshape(-1, 1, 2, halves.shape[-1]) for angle in (cos, sin))
-    turned = jnp.flip(halves, axis=-2) * jnp.asarray([[-1.0], [1.0]])
-    return (halves * cos + turned * sin).reshape(x.shape).astype(x.dtype)
+    quarter_turn = jnp.flip(halves, axis=-2) * jnp.asarray([[-1.0], [1.0]])
+    return (halves * cos + quarter_turn * sin).reshape(x.shape).astype(x.dtype)
 
 
 def attend(
@@ -96,10 +96,10 @@ def attend(
 
     Args:
         q: `[B, L, H, head_dim]`.
-        k, v: the same, or with fewer heads, each then shared by as many of q's heads in a row.
-        causal: whether a token sees itself and its past alone.
+        k, v: the same shape, or with fewer heads; then equally many consecutive heads of q share each of them.
+        causal: whether a token sees only itself and its past.
         requested: see `choose`.
-        lengths: `[B]`, how many tokens each row has; no token sees what stands after them. None: all L.
+        lengths: `[B]`, the number of tokens in each row; no token sees what follows them. None means all L.
     """
     name = backend(requested, dtype=q.dtype, head_dim=q.shape[-1], length=q.shape[1])
     if lengths is not None:
@@ -119,14 +119,14 @@ def attend(
 
 
 def attend_to_past(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
-    """Returns the attention of one query `[B, 1, H, head_dim]` to the keys and values `[B, T, ...]` up to its position."""
+    """Returns the attention of one query `[B, 1, H, head_dim]` to keys and values `[B, T, ...]` up to its position."""
     mask = (jnp.arange(k.shape[1]) <= position)[None, None, None]
     wide = (x.astype(_operand_type(q.dtype)) for x in (q, k, v))
     return jax.nn.dot_product_attention(*wide, mask=mask, implementation="xla").astype(q.dtype)
 
 
 def _operand_type(dtype: jnp.dtype) -> jnp.dtype:
-    """A CPU lacks the float16 product with a float32 sum."""
+    """The type to multiply in: float32 instead of float16 on a CPU, which has no float16 product with a float32 sum."""
     return jnp.dtype(jnp.float32 if dtype == jnp.float16 and hardware.present().platform == "cpu" else dtype)
 
 
@@ -135,7 +135,7 @@ _materialise = jax.lax.optimization_barrier
 
 
 def _by_head(x: jax.Array) -> jax.Array:
-    """`[B, L, H, head_dim]` to `[B H, L, head_dim]`, for good: on a CPU XLA sums over four dimensions with one thread."""
+    """`[B, L, H, head_dim]` to `[B H, L, head_dim]`, materialised: a CPU's products of 4-D arrays use one thread."""
     return _materialise(jnp.moveaxis(x, 2, 1).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3]))
 
 
@@ -150,22 +150,23 @@ def _product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.matmul(a.astype(wide), b.astype(wide), preferred_element_type=jnp.float32)
 
 
-def _turned(x: jax.Array) -> jax.Array:
+def _transposed(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """Attention of q, k, v `[N, L, head_dim]`, with no more than these, the result and a number a token kept for the
-    gradient: the weights `[N, L, L]` are computed anew (Dao et al., 2022). They are normalised after the product with v,
-    which is smaller than they are.
+    """Attention of q, k, v `[N, L, head_dim]`, whose gradient recomputes the weights `[N, L, L]` (Dao et al., 2022).
+
+    It keeps only q, k, v, the result and one number per token. The weights are normalised after the product with v, which
+    is smaller than they are.
     """
     return _attention_forward(q, k, v, causal)[0]
 
 
 def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[jax.Array, tuple]:
     length, head_dim = q.shape[1:]
-    scores = _product(q, _turned(k), q.dtype) * head_dim**-0.5
+    scores = _product(q, _transposed(k), q.dtype) * head_dim**-0.5
     if causal:
         scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
@@ -176,17 +177,17 @@ def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -
 
 
 def _attention_backward(causal: bool, residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Works on the transposed weights, `[N, keys, queries]`: a CPU's fast product wants its first operand as it lies."""
+    """Uses transposed weights `[N, keys, queries]`: a CPU's fast product needs its first operand untransposed."""
     q, k, v, out, log_normaliser = residuals
     length, head_dim = q.shape[1:]
     scale = head_dim**-0.5
-    weights = jnp.exp(_product(k, _turned(q), q.dtype) * scale - _turned(log_normaliser))
+    weights = jnp.exp(_product(k, _transposed(q), q.dtype) * scale - _transposed(log_normaliser))
     if causal:
         weights = jnp.where(~jnp.tri(length, k=-1, dtype=bool), weights, 0.0)
-    # Through the softmax: each weight's gradient less their mean, which is that of the result.
+    # The softmax subtracts the weighted mean of the weights' gradients, which equals sum(out * cotangent).
     mean = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1, keepdims=True)
-    d_scores = weights * (_product(v, _turned(cotangent), v.dtype) - _turned(mean)) * scale
-    d_q = _turned(_materialise(_product(_materialise(_turned(k)), d_scores, k.dtype)))
+    d_scores = weights * (_product(v, _transposed(cotangent), v.dtype) - _transposed(mean)) * scale
+    d_q = _transposed(_materialise(_product(_materialise(_transposed(k)), d_scores, k.dtype)))
     d_k = _product(d_scores, q, q.dtype)
     d_v = _product(weights, cotangent, v.dtype)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

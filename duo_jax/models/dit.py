@@ -1,7 +1,7 @@
 """The diffusion transformer (Peebles & Xie, 2023) in the form that Duo, MDLM and SEDD share.
 
-Token (or relaxed token) embeddings pass through blocks whose LayerNorms are shifted, scaled and gated by the noise level
-`sigma = -log(alpha_t)`. Everything that a vocabulary touches beyond the embedding is left to `models.head`.
+Token (or relaxed token) embeddings pass through blocks that the noise level `sigma = -log(alpha_t)` modulates: it shifts and
+scales their LayerNorms and gates their branches. `models.head` maps the result to the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from duo_jax.models import attention, head, layers
 
 TIME_FEATURES = 256
 
-# The keys and values of one block's past, each [B, T, H, head_dim].
+# The past keys and values of one block, each [B, T, H, head_dim].
 Cache = tuple[jax.Array, ...]
 
 _KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "blocks": None}
 
-# The reference leaves PyTorch's default in place: uniform in +-1/sqrt(fan_in), for kernels, biases and the embedding rows.
+# As in the reference, PyTorch's default: uniform in +-1/sqrt(fan_in), for kernels, biases and embedding rows.
 _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -42,7 +42,7 @@ def time_features(sigma: jax.Array, size: int = TIME_FEATURES, max_period: float
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def _unsplit(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
@@ -52,7 +52,7 @@ def by_token(x: jax.Array) -> jax.Array:
 
 
 class LayerNorm(nn.Module):
-    """`layers.modulated_norm` and its weight."""
+    """`layers.modulated_norm` with its weight as a parameter."""
 
     dtype: jnp.dtype = jnp.float32
 
@@ -63,7 +63,7 @@ class LayerNorm(nn.Module):
 
 
 class Weight(nn.Module):
-    """The weight of a LayerNorm, one at the start."""
+    """The weight of a LayerNorm, initially 1."""
 
     @nn.compact
     def __call__(self, dim: int) -> jax.Array:
@@ -72,7 +72,7 @@ class Weight(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear map whose bias is left to what comes after it to add."""
+    """A linear map that returns its bias separately; the next operation adds it."""
 
     features: int
     use_bias: bool
@@ -87,7 +87,7 @@ class Dense(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: `n` vectors `[B, 1, D]` from the conditioning; zero at the start, so that every block starts as identity."""
+    """adaLN: `n` vectors `[B, 1, D]` from the conditioning; initially zero, so that every block starts as identity."""
 
     n: int
     dim: int
@@ -110,11 +110,10 @@ class Block(nn.Module):
     adaln: bool
     dtype: jnp.dtype
     attention: str
-    by_rows: Callable[[jax.Array], jax.Array] = _unsplit
+    by_rows: Callable[[jax.Array], jax.Array] = _identity
 
     def setup(self) -> None:
-        """Makes the parts."""
-
+        """Creates the submodules."""
         self.norm1 = LayerNorm(self.dtype)
         self.norm2 = LayerNorm(self.dtype)
         self.qkv = Dense(3 * self.dim, False, self.dtype)
@@ -141,8 +140,10 @@ class Block(nn.Module):
 
         return self._update(self.by_rows(x), cond, cos, sin, train, attend)
 
-    def next(self, x: jax.Array, cache: Cache, position: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple:
-        """Maps `x [B, 1, D]` at a position, given its past, and returns it with the cache grown by its keys and values."""
+    def next(
+        self, x: jax.Array, cache: Cache, position: jax.Array, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Maps `x [B, 1, D]` at one position, given the cache of its past; returns also the cache with this position."""
         grown: Cache = ()
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -164,7 +165,7 @@ class Block(nn.Module):
         train: bool,
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
-        """The block, whoever holds the keys and values: `attend(q, k, v)`, each `[B, L, H, head_dim]`."""
+        """The block with any function `attend(q, k, v)` of arrays `[B, L, H, head_dim]`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond) if self.adaln else (None,) * 6
 
         qkv, _ = self.qkv(by_token(self.norm1(x, scale1, shift1)))
@@ -177,7 +178,7 @@ class Block(nn.Module):
     def _add(
         self, x: jax.Array, y: jax.Array, bias: jax.Array | None, gate: jax.Array | None, train: bool
     ) -> jax.Array:
-        """The residual stream `x [B, L, D]` and what a branch's last product `y [B L, D]` adds to it."""
+        """Adds a branch, whose last matrix product is `y [B L, D]`, to the residual stream `x [B, L, D]`."""
         kept, share = None, 1.0
         if train and self.dropout:
             kept, share = layers.dropout_mask(self.make_rng("dropout"), self.dropout, x.shape)
@@ -185,7 +186,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The final linear map to the vocabulary, as `models.head.logits` computes it; zero at the start."""
+    """The final linear map to the vocabulary, `models.head.logits`; initially zero."""
 
     vocab_size: int
     dtype: jnp.dtype
@@ -205,17 +206,17 @@ class DiT(nn.Module):
         vocab_size: K, special ids included.
         dim: width D of the residual stream.
         blocks: number of transformer blocks.
-        heads: attention heads; D / heads must be even (rotary positions turn pairs).
+        heads: attention heads; D / heads must be even (rotary positions rotate pairs).
         cond_dim: width of the noise-level conditioning.
         dropout: on both residual branches of a block, in training.
-        causal: True for the autoregressive baseline, whose positions see only what is before them.
+        causal: True for the autoregressive baseline, where a position sees only itself and those before it.
         adaln: whether the noise level modulates the blocks; False for the autoregressive baseline.
         dtype: compute type of the blocks. Parameters, LayerNorms, the residual stream and logits are float32.
         attention: `auto`, `xla` or `cudnn`.
-        remat: what the backward pass computes anew: `none`, `dots` (all but the products of matrices), `blocks` (all but
-            what goes from block to block).
+        remat: what the backward pass recomputes: `none`, `dots` (everything except matrix products) or `blocks` (everything
+            except the blocks' inputs).
         scan: whether the blocks are one scanned loop, which compiles in the time of one block, or unrolled.
-        by_rows: splits the rows of `[B, ...]` over devices: applied to what each block and its attention read.
+        by_rows: splits the rows of `[B, ...]` over devices; applied to the inputs of each block and of its attention.
     """
 
     vocab_size: int
@@ -230,10 +231,10 @@ class DiT(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     scan: bool = False
-    by_rows: Callable[[jax.Array], jax.Array] = _unsplit
+    by_rows: Callable[[jax.Array], jax.Array] = _identity
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Creates the submodules."""
 
         def dense(features: int, fan_in: int) -> nn.Dense:
             return nn.Dense(features, kernel_init=_uniform_fan_in, bias_init=_uniform_bias(fan_in))
@@ -261,12 +262,12 @@ class DiT(nn.Module):
         self.head = Head(self.vocab_size, self.dtype)
 
     def embedded(self, inputs: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-        """Returns the residual stream's start `[B, L, D]`, float32.
+        """Returns the initial residual stream `[B, L, D]`, float32.
 
         Args:
             inputs: token ids `[B, L]`; or relaxed logits `[B, L, K]` (float), whose softmax mixes embedding rows; or ids
                 `[B, L, k]` with `weights`.
-            weights: `[B, L, k]`, the share of each of the k embedding rows.
+            weights: `[B, L, k]`, the weight of each of the k embedding rows.
         """
         if weights is not None:
             return jnp.einsum("blk,blkd->bld", weights.astype(jnp.float32), self.embed(inputs))
@@ -277,13 +278,13 @@ class DiT(nn.Module):
     def hidden(
         self, x: jax.Array, sigma: jax.Array | None, *, train: bool = False, lengths: jax.Array | None = None
     ) -> jax.Array:
-        """Returns what the vocabulary head reads, `[B, L, D]` float32.
+        """Returns the input of the vocabulary head, `[B, L, D]` float32.
 
         Args:
-            x: what `embedded` returned.
+            x: the result of `embedded`.
             sigma: noise level -log(alpha_t), `[B]` or one for all rows; None without adaLN.
             train: whether dropout acts; it then needs an rng named `dropout`.
-            lengths: `[B]`, how many tokens each row has; what stands after them is not seen. None: all L.
+            lengths: `[B]`, the number of tokens in each row; no token sees what follows them. None means all L.
         """
         cond = None
         if self.adaln:
@@ -307,7 +308,7 @@ class DiT(nn.Module):
         dropout_key: jax.Array | None,
         lengths: jax.Array | None,
     ) -> jax.Array:
-        """All blocks in turn, the same numbers whether unrolled or scanned, kept or recomputed in the backward pass."""
+        """Applies all blocks; `scan` and `remat` do not change the numbers."""
         block = self.layers[0].clone(parent=None, name=None)
 
         def apply(x: jax.Array, weights: dict, i: jax.typing.ArrayLike) -> jax.Array:
@@ -325,16 +326,17 @@ class DiT(nn.Module):
         return jax.lax.scan(lambda x, at: (apply(x, *at), None), x, (stacked, jnp.arange(self.blocks)))[0]
 
     def empty_cache(self, batch: int, length: int) -> tuple[Cache, ...]:
-        """Returns room for the keys and values of `length` positions, one pair a block; needs no parameters."""
+        """Returns a cache for the keys and values of `length` positions, one pair per block; needs no parameters."""
         shape = (batch, length, self.heads, self.dim // self.heads)
         return tuple((jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.blocks))
 
     def next_hidden(
         self, inputs: jax.Array, cache: tuple[Cache, ...], position: jax.Array
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """Returns `hidden` of one position from the cache of those before it, `[B, 1, D]`, and the cache with its own.
+        """Returns `hidden` at one position, `[B, 1, D]`, from the cache of those before it, and the cache with this one.
 
-        Of a causal network without adaLN: what `hidden` computes at that position from the whole text, at the cost of one.
+        Only for a causal network without adaLN. The result equals that of `hidden` for the whole text, at the cost of one
+        position.
 
         Args:
             inputs: token ids `[B, 1]`.
@@ -358,5 +360,5 @@ class DiT(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Returns logits `[B, L, K]` float32, all at once; see `embedded` and `hidden` for the arguments."""
+        """Returns all logits `[B, L, K]`, float32; see `embedded` and `hidden` for the arguments."""
         return self.head(self.hidden(self.embedded(inputs, weights), sigma, train=train))

@@ -17,15 +17,15 @@ Weights = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a language model's weights do not tell; static.
+    """The settings of a language model that its weights do not determine; static.
 
     Attributes:
         family: `gpt2` or `llama`.
         heads: query heads.
-        kv_heads: key and value heads, which divide them; GPT-2 has as many as query heads.
-        eps: of the normalisations.
+        kv_heads: key and value heads, a divisor of `heads`; in GPT-2 equal to it.
+        eps: added to the variance in the normalisations.
         context: the longest text, in tokens.
-        rope_base: of Llama's rotary positions.
+        rope_base: base of Llama's rotary frequencies.
         head_mib: MiB that one chunk of logits may take.
     """
 
@@ -83,9 +83,9 @@ def hidden(spec: Spec, weights: Weights, tokens: jax.Array) -> jax.Array:
     """Returns the last hidden states `[B, L, D]`, float32, of tokens `[B, L]`.
 
     Args:
-        spec: of the model.
+        spec: the model's settings.
         weights: `embed [K, D]`, `blocks` (kernels `[in, out]`, stacked over the blocks), `norm`, and GPT-2's `positions`.
-        tokens: int; what a position says depends on those before it alone, so padding belongs at the end.
+        tokens: int; a position depends only on itself and those before it, so padding belongs at the end.
     """
     x = weights["embed"][tokens]
     if spec.family == "gpt2":
@@ -97,17 +97,17 @@ def hidden(spec: Spec, weights: Weights, tokens: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def nll(weights: Weights, tokens: jax.Array, *, spec: Spec) -> jax.Array:
-    """Returns -log p(token | those before it) in nats, `[B, L-1]`, of tokens `[B, L]`, but for the first one's."""
+    """Returns -log p(token | those before it) in nats, `[B, L-1]`, for all tokens `[B, L]` except the first."""
     batch, length = tokens.shape
     if length < 2:
-        return jnp.zeros((batch, 0))  # nothing follows anything
+        return jnp.zeros((batch, 0))
     kernel = weights.get("head", weights["embed"]).T
     embedded = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])}
 
-    def cost(x: jax.Array, target: jax.Array) -> jax.Array:
+    def token_nll(x: jax.Array, target: jax.Array) -> jax.Array:
         return categorical.nll(head.logits(x, embedded, jnp.float32), target)
 
     chunk = head.chunk_length(batch, length - 1, kernel.shape[1], spec.head_mib)
-    # Left to themselves, accelerators round the factors of float32 products, and a text's figure would depend on the device.
+    # By default accelerators round the factors of float32 products, and the result would depend on the device.
     with jax.default_matmul_precision("highest"):
-        return head.in_chunks(cost, hidden(spec, weights, tokens)[:, :-1], tokens[:, 1:], chunk=chunk)
+        return head.in_chunks(token_nll, hidden(spec, weights, tokens)[:, :-1], tokens[:, 1:], chunk=chunk)

@@ -1,4 +1,4 @@
-"""What a trained network is: its sizes, its weights, and what losses and samplers call."""
+"""A trained network: its sizes, its weights, and the functions that losses and samplers call."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from duo_jax.models.dit import DiT
 
 Weights = dict[str, Any]
 
-# What each algorithm's noise does to a token; `sampling` and `evaluation` follow from it.
+# The noising process of each algorithm, which determines its samplers and its evaluation.
 PROCESS_OF = {
     "duo": "uniform", "duo_base": "uniform", "dcd": "uniform",
     "mdlm": "absorbing", "sedd": "absorbing", "d3pm": "absorbing",
     "ar": "autoregressive",
 }  # fmt: skip
 
-# Width, blocks, heads, conditioning width. `nano` is what two CPU cores can teach in minutes.
+# Width, blocks, heads, conditioning width. Two CPU cores can train `nano` in minutes.
 SIZES = {
     "nano": (128, 4, 4, 64),
     "tiny": (256, 8, 8, 128),
@@ -37,29 +37,29 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """All that is needed to rebuild a network but its weights; hashable, so that it can be static under `jax.jit`.
+    """All settings that define a network apart from its weights; hashable, so that it can be static under `jax.jit`.
 
     Attributes:
-        algo: one of `config.ALGORITHMS`; the process, the loss and, for `ar`, causal attention follow from it.
+        algo: one of `config.ALGORITHMS`; determines the process, the loss and, for `ar`, causal attention.
         vocab_size: K, special ids included.
-        mask_id: the id that `mdlm`, `sedd` and `d3pm` mask with and that `ar` never predicts; no other algorithm uses it.
-        length: tokens in a row of training, BOS and EOS included; in sampling, what the network reads at once.
+        mask_id: the mask of `mdlm`, `sedd` and `d3pm`, an id that `ar` never predicts; no other algorithm uses it.
+        length: tokens in a training row, BOS and EOS included; in sampling, the tokens that the network reads at once.
         dim: width D of the residual stream.
         blocks: number of transformer blocks.
         heads: attention heads; D / heads is even.
         cond_dim: width of the noise-level conditioning.
         dropout: the rate on the two residual branches of every block, in training.
         schedule: alpha_t: `log_linear` or `cosine`.
-        eps: of the schedule: alpha at t = 1 if `log_linear`, 1 - cos(pi/2 eps) if `cosine`; d3pm is told no sigma beyond
-            -log(eps).
-        eps_t: the smallest time t, of [0, 1], drawn in training and evaluation; d3pm has its chain's times.
+        eps: the schedule's eps: alpha(1) is eps if `log_linear`, 1 - cos(pi/2 eps) if `cosine`. It also limits the sigma
+            that d3pm's network sees to -log(eps).
+        eps_t: the smallest time t in [0, 1] that training and evaluation draw; d3pm uses its chain's times instead.
         d3pm_steps: T, the steps of D3PM's chain.
-        precision: the type of the blocks' and the head's products: `float32`, `bfloat16`, `float16` or `auto`, see
-            `compute_dtype`.
+        precision: the type of the matrix products in the blocks and the head: `float32`, `bfloat16`, `float16` or `auto`,
+            see `compute_dtype`.
         attention: `auto`, `xla` or `cudnn`.
-        head_mib: MiB for a chunk of logits, and what is made of it, on a device; None: see `chunk_budget`.
-        remat: what the backward pass computes anew to save memory: `none`, `dots` (all but matrix products) or `blocks`
-            (all but what goes from block to block).
+        head_mib: MiB on a device for a chunk of logits and its intermediates; None: see `chunk_budget`.
+        remat: what the backward pass recomputes to save memory: `none`, `dots` (everything except matrix products) or
+            `blocks` (everything except the blocks' inputs).
         scan: whether the blocks are one loop, which compiles in the time of one block.
     """
 
@@ -84,15 +84,15 @@ class Network:
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int, mask_id: int | None = None) -> Network:
-        """Returns the network a config describes.
+        """Returns the network that a config describes.
 
         Args:
-            config: all of it.
-            vocab_size: K, the tokenizer's, special ids included.
-            mask_id: the tokenizer's id that absorbing-state algorithms mask with; the last one if None.
+            config: the whole config.
+            vocab_size: K of the tokenizer, special ids included.
+            mask_id: the tokenizer's id of the mask in absorbing-state algorithms; the last id if None.
 
         Raises:
-            UserError: an unknown size, or a width that the heads do not divide.
+            UserError: an unknown size, a size below 1, or a width that is no multiple of twice the heads.
         """
         model = config.model
         if model.size not in SIZES:
@@ -137,17 +137,17 @@ class Network:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The compute type on the hardware that is compiled for."""
+        """The compute type on the target hardware."""
         return compute_dtype(self.precision)
 
     @property
     def head_budget(self) -> int:
-        """MiB for a chunk of logits: as given, or for what the hardware that is compiled for is."""
+        """MiB for a chunk of logits: `head_mib`, or a default for the target hardware."""
         return chunk_budget(hardware.present()) if self.head_mib is None else self.head_mib
 
     @property
     def module(self) -> DiT:
-        """The Flax module; the autoregressive baseline is causal and knows no noise level."""
+        """The Flax module; the autoregressive baseline is causal and has no noise level."""
         autoregressive = self.algo == "ar"
         return DiT(
             vocab_size=self.vocab_size,
@@ -183,7 +183,7 @@ class Network:
     ) -> jax.Array:
         """Returns `DiT.hidden` of the embedded `x [B, L, D]`.
 
-        A `dropout_key` makes dropout act, as in training; `by_rows` keeps the rows of `[B, ...]` split over devices.
+        Dropout acts if there is a `dropout_key`, as in training; `by_rows` keeps the rows of `[B, ...]` split over devices.
         """
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
@@ -195,19 +195,19 @@ class Network:
         return head.logits(hidden, weights["head"], self.dtype)
 
     def chunk(self, batch: int, length: int, shards: int = 1, *, networks: int = 1) -> int:
-        """Returns the chunk for `models.head`, of `[batch, length]` over `shards` devices and so many networks' logits."""
+        """Returns the chunk for `models.head`: for `[batch, length]` over `shards` devices and `networks` sets of logits."""
         return head.chunk_length(networks * -(-batch // shards), length, self.vocab_size, self.head_budget)
 
 
 @struct.dataclass
 class Params:
-    """A network with its weights, as `duo_jax.load` returns it: a pytree whose static part tells how to use it.
+    """A network with its weights, as `duo_jax.load` returns it: a pytree with the settings in its static part.
 
     Attributes:
         weights: the parameters, a nested dict of float32 arrays.
         network: the sizes and settings, static.
         tokenizer: a name (`gpt2`) or the folder where the tokenizer is saved, static.
-        averaged: whether the weights are averages over training (EMA), static; None if their file does not tell.
+        averaged: whether the weights are averages over training (EMA), static; None if their file does not say.
     """
 
     weights: Weights
@@ -216,7 +216,7 @@ class Params:
     averaged: bool | None = struct.field(pytree_node=False, default=None)
 
     def __repr__(self) -> str:
-        """Tells what it is, not all of its numbers."""
+        """A summary without the weights."""
         net = self.network
         return (
             f"Params({net.algo}, {count(self.weights):,} parameters, D = {net.dim}, {net.blocks} blocks, "
@@ -225,10 +225,10 @@ class Params:
 
 
 def chunk_budget(device: Hardware) -> int:
-    """Returns the MiB that a chunk of logits may take: 160 on a CPU, else a thirty-second of the memory within 160 to 4096.
+    """Returns the MiB that a chunk of logits may take: 160 on a CPU, else 1/32 of the memory, within 160 to 4096.
 
-    A larger chunk is read in fewer, larger products, and a head's gradient is added up in fewer passes; on a CPU it would
-    leave the caches.
+    Larger chunks mean fewer, larger matrix products and fewer passes that add up the head's gradient; on a CPU they would
+    no longer fit in the caches.
     """
     if device.platform == "cpu":
         return 160
@@ -238,7 +238,7 @@ def chunk_budget(device: Hardware) -> int:
 def compute_dtype(precision: str) -> jnp.dtype:
     """Returns the compute type of the blocks.
 
-    `auto` is what the matrix units know: bfloat16 on a TPU and on NVIDIA's Ampere and newer (8.0), float16 on its Volta
+    `auto` chooses the type of the matrix units: bfloat16 on a TPU and on NVIDIA's Ampere and newer (8.0), float16 on Volta
     and Turing (7.0, 7.5: V100, T4), which emulate bfloat16 slowly, and float32 elsewhere, as on a CPU.
     """
     if precision != "auto":
@@ -247,12 +247,12 @@ def compute_dtype(precision: str) -> jnp.dtype:
 
 
 def fastest_dtype(device: Hardware) -> jnp.dtype:
-    """Returns the compute type that a device is fastest with."""
+    """Returns the compute type with which a device is fastest."""
     if device.platform == "tpu" or device.compute_capability >= 8:
         return jnp.dtype(jnp.bfloat16)
     return jnp.dtype(jnp.float16 if device.compute_capability >= 7 else jnp.float32)
 
 
 def count(weights: Weights) -> int:
-    """Returns the number of parameters; shapes are enough."""
+    """Returns the number of parameters; the leaves may be shapes without values."""
     return sum(int(x.size) for x in jax.tree.leaves(weights))
