@@ -54,8 +54,8 @@ def draw_without_prediction(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws which tokens `mixture_step` reveals, bool `[...]`, and z_s of all other tokens, int32 `[...]`.
 
-    Whether a token is revealed does not depend on the prediction, so a sampler needs predictions for these tokens only:
-    pass them to `draw_with_prediction` with the same keys. The arguments are those of `mixture_step`.
+    Whether a token is revealed does not depend on the prediction, so only revealed tokens need one: for these, call
+    `draw_with_prediction` with the same keys. The arguments are those of `mixture_step`.
     """
     alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
     reveal = kappa * _reveal_rate(alpha_s, alpha_t) + (1.0 - kappa) * alpha_s
@@ -67,7 +67,7 @@ def draw_without_prediction(
 
 
 def draw_with_prediction(keys: jax.Array, logits: jax.Array, mask_id: int) -> jax.Array:
-    """Draws z_s int32 `[...]` of the tokens for which `draw_without_prediction` needs one, from logits `[..., K]`."""
+    """Draws z_s int32 `[...]` from logits `[..., K]`, for the tokens that `draw_without_prediction` reveals."""
     draw_keys = map_keys(lambda key: jax.random.split(key)[1], keys)
     return categorical.draw(draw_keys, without(as_float(logits), mask_id))
 

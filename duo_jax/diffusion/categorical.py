@@ -23,7 +23,7 @@ def _block_size(vocab_size: int) -> int:
     return math.isqrt(vocab_size - 1) + 1
 
 
-# A CPU accepts plain sums of exponentials if each row's largest lies in this range: float32 then loses nothing that counts.
+# A CPU accepts plain sums of exponentials if each row's largest lies in this range, where float32 is accurate.
 _SAFE_SUMS = 1e-20, 1e30
 
 

@@ -105,7 +105,7 @@ def draw_with_prediction(
     alpha_t: jax.typing.ArrayLike,
     kappa: jax.typing.ArrayLike = 1.0,
 ) -> jax.Array:
-    """Draws z_s int32 `[...]` of the tokens for which `draw_without_prediction` needs one, from logits `[..., K]`."""
+    """Draws z_s int32 `[...]` from logits `[..., K]`, for the tokens that need it: see `draw_without_prediction`."""
     vocab_size = logits.shape[-1]
     alpha_s, alpha_t, kappa = (per_token(value, z_t.shape) for value in (alpha_s, alpha_t, kappa))
     _, branch_key, token_key, uniform_key = _split(keys)

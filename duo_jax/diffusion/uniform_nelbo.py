@@ -87,7 +87,7 @@ def nelbo_from_logits(
 
 
 class _Terms(NamedTuple):
-    """What the terms of one token's sum share, each `[...]`. The others are the tokens j other than i = z_t and x."""
+    """Factors that the terms of F share, each `[...]`. "The others" are the tokens j other than i = z_t and x."""
 
     c: jax.Array  # K alpha / (1-alpha)
     s_scale: jax.Array  # s_j = s_scale e_j, e_j as in `_others`
@@ -191,7 +191,7 @@ def _nelbo_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, 
     grad_logits = jnp.where(is_entry(z_t, values), (g_i - terms.s_i * grad_c)[..., None], grad_logits)
     grad_logits = cotangent_of_f[..., None] * grad_logits
 
-    # dF/dc through r: every r_j = 1 / (1 + c) where z_t = x, else r_x = 1 + c alone.
+    # dF/dc through r: where z_t = x, every r_j is 1 / (1 + c); elsewhere only r_x = 1 + c depends on c.
     sum_log_y = terms.sum_r_diff / terms.r - sum_gaps  # right where z_t = x
     grad_c_through_r = jnp.where(same, terms.r**2 * sum_log_y, -terms.log_y_x)
     grad_alpha = w * (vocab_size / noise**2 * (grad_c + grad_c_through_r) - f_over_w / signal)

@@ -76,7 +76,10 @@ def rotary_angles(length: int, head_dim: int, base: float = 10_000.0) -> tuple[j
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + head_dim/2}) of `x [B, L, H, head_dim]` by their positions' angles in >= float32."""
+    """Rotates the pairs (x_i, x_{i + head_dim/2}) of `x [B, L, H, head_dim]` by their positions' angles.
+
+    Computed in float32 or wider.
+    """
     halves = as_float(x).reshape(*x.shape[:-1], 2, -1)
     cos, sin = (angle.reshape(-1, 1, 2, halves.shape[-1]) for angle in (cos, sin))
     quarter_turn = jnp.flip(halves, axis=-2) * jnp.asarray([[-1.0], [1.0]])

@@ -171,7 +171,7 @@ def map_selected_tokens(fn: Callable[..., Any], selected: jax.Array, *per_token:
     # Indices past the end fill up the last chunk; their results are dropped.
     order = jnp.append(selected_first, jnp.full(chunk, tokens, selected_first.dtype))
 
-    def visit(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    def map_chunk(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         done, out = state
         rows = jax.lax.dynamic_slice_in_dim(order, done, chunk)
         found = fn(*jax.tree.map(lambda x: x[jnp.minimum(rows, tokens - 1)], flat))
@@ -179,7 +179,7 @@ def map_selected_tokens(fn: Callable[..., Any], selected: jax.Array, *per_token:
 
     shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[:chunk], flat))
     out = jax.tree.map(lambda x: jnp.zeros((tokens, *x.shape[1:]), x.dtype), shapes)
-    _, out = jax.lax.while_loop(lambda state: state[0] < count, visit, (jnp.zeros((), count.dtype), out))
+    _, out = jax.lax.while_loop(lambda state: state[0] < count, map_chunk, (jnp.zeros((), count.dtype), out))
     return jax.tree.map(lambda x: x.reshape(*selected.shape, *x.shape[1:]), out)
 
 
@@ -280,7 +280,7 @@ class _ChunkedSum:
         return jnp.sum(jnp.where(weight != 0, weight * out, 0.0))
 
     def value(self, head: Head, hidden: jax.Array, rest: tuple) -> jax.Array:
-        """The sum alone."""
+        """The sum without its gradient."""
         weight, per_token, constants = rest
         padded = padded_head(head, self.dtype)
 
