@@ -4,10 +4,10 @@ A sampler starts from the prior (uniform tokens, or masks), walks a grid of time
 network call a step, and ends with a noise-removal call at t_n. With a distilled network, n of 1 to 8 is the few-step
 consistency sampler of *The Diffusion Duality*.
 
-A denoiser is a function `denoise(states, sigma [B], visitor, asked [B, L], *per_token)`: it predicts from each of the states
-(one, or two under guidance; int32 `[B, L]`) and returns `visitor(logits, *per_token)`, where `logits` is a tuple of
-`[..., K]`, one a state. Only at the tokens that are asked for does the result count. It may call the visitor on a few of
-them at a time: with a network no `[B, L, K]` exists, and no logits of tokens that a step does not ask for.
+A denoiser is a function `denoise(states, sigma [B], visitor, needs_prediction [B, L], *per_token)`: it predicts from each
+of the states (one, or two under guidance; int32 `[B, L]`) and returns `visitor(logits, *per_token)`, where `logits` is a
+tuple of `[..., K]`, one a state. Only at the tokens that are asked for does the result count. It may call the visitor on a
+few of them at a time: with a network no `[B, L, K]` exists, and no logits of tokens that a step does not ask for.
 """
 
 from __future__ import annotations
@@ -244,33 +244,33 @@ def run(
             return _draw_guided(keys, shaped, states, step, settings, knobs.guidance)
         return (_answer(keys, _shape(logits[0], settings, knobs), states[0], step, settings),)
 
-    def needed(carry: Carry, step: Step, asked: jax.Array) -> jax.Array | bool:
+    def needed(carry: Carry, step: Step, needs_prediction: jax.Array) -> jax.Array | bool:
         """Whether the step can change anything."""
         if settings.early_stop:
             return step.last | jnp.any(carry.quiet < settings.early_stop)
-        return jnp.any(asked) if settings.sampler == "ancestral_cache" else True
+        return jnp.any(needs_prediction) if settings.sampler == "ancestral_cache" else True
 
     def take(carry: Carry, step: Step) -> tuple[Carry, jax.Array | None]:
         keys = token_keys(step.key, shape)
         sigma = jnp.full(shape[:1], schedules.sigma(step.alpha_t))
-        asked, settled = _ask(keys, carry.states[0], step, vocab_size, settings)
+        needs_prediction, settled = _ask(keys, carry.states[0], step, vocab_size, settings)
         if not settings.guided:
-            asked &= ~given.held
+            needs_prediction &= ~given.held
         if settings.early_stop:
             stopped = (carry.quiet >= settings.early_stop) & ~step.last
-            asked &= ~stopped[:, None]
+            needs_prediction &= ~stopped[:, None]
 
         def move(states: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            moved = denoise(states, sigma, functools.partial(visitor, step), asked, keys, states)
-            z_s = given.fill(jnp.where(asked, moved[0], settled))
+            moved = denoise(states, sigma, functools.partial(visitor, step), needs_prediction, keys, states)
+            z_s = given.fill(jnp.where(needs_prediction, moved[0], settled))
             if not settings.guided:
                 return (z_s,)
             # Where the prompt is, the unconditional text goes its own way; elsewhere the two are one.
             return z_s, unconditional.fill(jnp.where(given.held, moved[1], z_s))
 
-        call = needed(carry, step, asked)
+        call = needed(carry, step, needs_prediction)
         networks = len(carry.states)
-        costs = jnp.array([networks, networks * jnp.sum(asked)], jnp.int32)
+        costs = jnp.array([networks, networks * jnp.sum(needs_prediction)], jnp.int32)
         if call is True:
             states = move(carry.states)
         else:
@@ -368,9 +368,9 @@ def walk(
     functions = (denoise_fn,) if unconditional_fn is None else (denoise_fn, unconditional_fn)
 
     def denoise(
-        states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, asked: jax.Array, *per_token: Any
+        states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, needs_prediction: jax.Array, *per_token: Any
     ) -> Any:
-        del asked  # all tokens' logits are there
+        del needs_prediction  # all tokens' logits are there
         logits = tuple(function(z, sigma) for function, z in zip(functions, states, strict=True))
         return visitor(logits, *per_token)
 

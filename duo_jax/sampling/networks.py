@@ -40,7 +40,7 @@ def denoiser(
         return jnp.minimum(sigma, schedules.sigma(network.eps)) if algo == "d3pm" else sigma
 
     def denoise(
-        states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, asked: jax.Array, *per_token: Any
+        states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, needs_prediction: jax.Array, *per_token: Any
     ) -> Any:
         hidden = tuple(network.hidden(weights, network.embed(weights, z), told(sigma), lengths=lengths) for z in states)
 
@@ -52,13 +52,13 @@ def denoiser(
                 )
             return visitor(logits, *per_token)
 
-        def on_device(reader: head.Transposed, asked: jax.Array, *per_token: Any) -> Any:
+        def on_device(reader: head.Transposed, needs_prediction: jax.Array, *per_token: Any) -> Any:
             fits = head.tokens_at_once(len(states) * network.vocab_size, network.head_budget)
-            chunk = min(fits, max(_FEWEST, -(-asked.size // 4)))
-            return head.map_selected_tokens(functools.partial(visit, reader), asked, *per_token, chunk=chunk)
+            chunk = min(fits, max(_FEWEST, -(-needs_prediction.size // 4)))
+            return head.map_selected_tokens(functools.partial(visit, reader), needs_prediction, *per_token, chunk=chunk)
 
-        alpha = spread(jnp.exp(-sigma), asked.shape)
-        args = reader, asked, hidden, states, alpha, *per_token
+        alpha = spread(jnp.exp(-sigma), needs_prediction.shape)
+        args = reader, needs_prediction, hidden, states, alpha, *per_token
         return head.on_rows(on_device, mesh)(*args)
 
     return denoise

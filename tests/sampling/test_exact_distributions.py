@@ -268,7 +268,7 @@ def test_the_unconditional_text_goes_its_own_way_only_where_the_prompt_is():
     certain = {name: 30.0 * jax.nn.one_hot(token, vocab) for name, token in (("conditional", 0), ("free", 1))}
     seen = []
 
-    def denoise(states, sigma, visitor, asked, *per_token):
+    def denoise(states, sigma, visitor, needs_prediction, *per_token):
         jax.debug.callback(lambda *z: seen.append([np.asarray(x) for x in z]), *states, ordered=True)
         logits = tuple(jnp.broadcast_to(values, (rows, 3, vocab)) for values in certain.values())
         return visitor(logits, *per_token)

@@ -139,7 +139,7 @@ def test_predictions_are_made_where_they_are_asked_for_and_the_text_is_that_of_t
     given = sampling.Given(jnp.full(shape, 3), held)
     args = jax.random.key(0), given, network.vocab_size, plan, sampling.Knobs(1.0, 0.9)
 
-    def whole(states, sigma, visitor, asked, *per_token):
+    def whole(states, sigma, visitor, needs_prediction, *per_token):
         (z,) = states
         told = {"mdlm": jnp.zeros_like(sigma), "d3pm": jnp.minimum(sigma, -jnp.log(network.eps))}.get(algo, sigma)
         logits = network.logits(weights, network.hidden(weights, network.embed(weights, z), told))
