@@ -229,7 +229,7 @@ def duo(ctx: Objective) -> LossFn:
 
     def relaxed(
         params: Weights, key: jax.Array, x: jax.Array, gamma: jax.Array, tau: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns the embedded relaxed input `[B, L, D]` and z_t `[B, L]`."""
         if k := gaussian.entries(net.vocab_size):
             mix, ids, z_t = duality.tempered_topk(key, x, gamma, tau, k, net.vocab_size)
