@@ -148,7 +148,8 @@ def tempered_topk(
     n_drawn = min(vocab_size - 1, max(k, _EXACT_TERMS))
     signal, noise = signal_and_noise(per_token(gamma, x.shape))
     true_key, others_key, ids_key, rest_key = jax.random.split(key, 4)
-    others = noise[..., None] * top_normals(others_key, x.shape, vocab_size - 1, n_drawn)
+    normals = top_normals(others_key, x.shape, vocab_size - 1, n_drawn)
+    others = noise[..., None] * normals
     true = signal + noise * jax.random.normal(true_key, x.shape)
     other_ids = distinct_others(ids_key, x, min(k, vocab_size - 1), vocab_size)
 
@@ -164,7 +165,8 @@ def tempered_topk(
     terms = [exponents]
     n_rest = vocab_size - 1 - n_drawn
     if n_rest:
-        terms.append(_log_rest(rest_key, others[..., -1] / tau, noise / tau, n_rest)[..., None] - top / tau)
+        ceiling = jnp.minimum((others[..., -1:] - top) / tau, 0.0)
+        terms.append(ceiling + _log_rest(rest_key, normals[..., -1:], noise[..., None] / tau, n_rest))
     log_total = jax.nn.logsumexp(jnp.concatenate(terms, axis=-1), axis=-1, keepdims=True)
     return jnp.exp(exponents[..., :k] - log_total), ids, ids[..., 0]
 
@@ -204,10 +206,9 @@ def _open_slot(sorted_others: jax.Array, slot: jax.Array, rank: jax.Array) -> ja
     return jnp.take_along_axis(sorted_others, source, axis=-1)
 
 
-def _log_rest(key: jax.Array, ceiling: jax.Array, scale: jax.Array, n: int) -> jax.Array:
-    """Draws log of the sum of `n` terms exp(v), v ~ N(0, scale^2) given v < ceiling, all `[...]`, by two moments."""
-    log_mean = log_mean_exp_below(ceiling, scale)
-    log_second = log_mean_exp_below(2.0 * ceiling, 2.0 * scale)
+def _log_rest(key: jax.Array, a: jax.Array, scale: jax.Array, n: int) -> jax.Array:
+    """Draws log of the sum of `n` terms exp(v - c), v ~ N(0, scale^2) given v < c = a scale, all `[...]`, by two moments."""
+    log_mean, log_second = log_mean_exp_below(a, scale), log_mean_exp_below(a, 2.0 * scale)
     # log(1 + variance / mean^2) of the sum of n independent terms.
     spread = jnp.log1p(jnp.maximum(jnp.expm1(log_second - 2.0 * log_mean), 0.0) / n)
-    return math.log(n) + log_mean - 0.5 * spread + jnp.sqrt(spread) * jax.random.normal(key, ceiling.shape)
+    return math.log(n) + log_mean - 0.5 * spread + jnp.sqrt(spread) * jax.random.normal(key, a.shape)

@@ -182,12 +182,14 @@ def inverse(alpha: float, vocab_size: int) -> float:
     """The gamma at which T(gamma) = alpha, by bisection on the host in float64; alpha in (0, 1).
 
     Raises:
-        UserError: K below 2, or an alpha outside (0, 1).
+        UserError: K below 2, or an alpha outside (0, 1) or below T(30), which is 1.7e-7 for K = 2 and less for larger K.
     """
     check_vocab_size(vocab_size)
     if not 0.0 < alpha < 1.0:
         raise UserError(f"no gamma gives the signal level alpha = {alpha}; it must lie strictly between 0 and 1")
-    low, high = -12.0, 30.0  # T falls from 1 to almost 0 in this range, for any vocabulary
+    low, high = -12.0, 30.0  # T(-12) = 1 in float64, for any vocabulary
+    if alpha < (least := float(_exact_on_host(np.array([high]), vocab_size)[0])):
+        raise UserError(f"no gamma up to {high:g} gives the signal level alpha = {alpha}; the least is {least:.1e}")
     for _ in range(60):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if _exact_on_host(np.array([middle]), vocab_size)[0] > alpha else (low, middle)

@@ -37,20 +37,19 @@ def log_scaled_upper_tail(y: jax.Array) -> jax.Array:
     return jnp.where(y < 5.0, jnp.log(ndtr(-near)) + 0.5 * near**2, -jnp.log(fraction) - 0.5 * math.log(2.0 * math.pi))
 
 
-def log_mean_exp_below(ceiling: jax.Array, scale: jax.Array) -> jax.Array:
-    """log E[exp(v) | v < ceiling] for v ~ N(0, scale^2), any shape (II, app. on the softmax's denominator).
+def log_mean_exp_below(a: jax.Array, scale: jax.Array) -> jax.Array:
+    """log E[exp(v - c) | v < c] for v ~ N(0, scale^2) and c = a scale, any shape (II, app. on the softmax's denominator).
 
-    The textbook form scale^2/2 + log Phi(a - scale) - log Phi(a), a = ceiling / scale, subtracts numbers of order scale^2,
-    and scale reaches 1000. Here the squares are cancelled analytically if Phi's argument is in the lower tail.
+    The textbook form of log E[exp(v) | v < c], scale^2/2 + log Phi(a - scale) - log Phi(a), subtracts numbers of order
+    scale^2, and scale reaches 1000 and more. Here the squares are cancelled analytically if Phi's argument is in the lower
+    tail, and c is left out, so that the result is of order log(scale).
     """
-    a = ceiling / scale
     y = scale - a
     tail = jnp.where(
         y > 0.0,
-        ceiling - 0.5 * a**2 + log_scaled_upper_tail(jnp.maximum(y, 0.0)),
-        0.5 * scale**2 + jnp.log(ndtr(-jnp.minimum(y, 0.0))),
+        log_scaled_upper_tail(jnp.maximum(y, 0.0)) - 0.5 * a**2,
+        (0.5 * scale - a) * scale + jnp.log(ndtr(-jnp.minimum(y, 0.0))),
     )
-    # The same for Phi(a) if a is in the lower tail.
-    low = jnp.maximum(-a, 0.0)
-    log_ndtr_a = jnp.where(a > 0.0, jnp.log1p(-ndtr(-jnp.maximum(a, 0.0))), log_scaled_upper_tail(low) - 0.5 * low**2)
-    return tail - log_ndtr_a
+    # If a is in the lower tail, the a^2 / 2 of Phi(a) and of the numerator cancel.
+    low = log_scaled_upper_tail(jnp.maximum(y, 0.0)) - log_scaled_upper_tail(jnp.maximum(-a, 0.0))
+    return jnp.where(a > 0.0, tail - jnp.log1p(-ndtr(-jnp.maximum(a, 0.0))), low)

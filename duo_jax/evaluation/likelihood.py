@@ -160,9 +160,9 @@ def evaluate(
     draws = 1 if network.algo == "ar" else draws
     sums: list[dict[str, jax.Array]] = []
     for i, batch in enumerate(batches):
-        on_device, first = put(batch), jax.random.fold_in(key, i)
+        on_device, of_batch = put(batch), jax.random.fold_in(key, i)
         for draw in range(draws):
-            noise = jax.random.fold_in(first, draw) if draw else first
+            noise = jax.random.fold_in(of_batch, draw)
             sums.append(nll_sum(weights, on_device, noise, network=network, mesh=mesh))
             if len(sums) > 1:  # one is queued, never all: that bounds their memory, and a bar tells what is done
                 sums[-2] = jax.device_get(sums[-2])

@@ -322,7 +322,7 @@ def test_the_sum_of_the_rest_is_log_normal_with_the_two_moments_of_a_sum(ceiling
 
     mean, variance = n * mean_of_power(1), n * (mean_of_power(2) - mean_of_power(1) ** 2)
     spread = np.log1p(variance / mean**2)
-    draws = duality._log_rest(jax.random.key(0), jnp.full(20_000, ceiling), jnp.float32(scale), n)
+    draws = ceiling + duality._log_rest(jax.random.key(0), jnp.full(20_000, ceiling / scale), jnp.float32(scale), n)
     expected = stats.norm(np.log(mean) - 0.5 * spread, spread**0.5)
     assert stats.kstest(np.float64(draws), expected.cdf).pvalue > FALSE_ALARM
 
@@ -334,8 +334,32 @@ def test_truncated_mean(golden):
         np.testing.assert_allclose(log_scaled_upper_tail(jnp.float32(y)), expected, rtol=2e-6)
     vectors = golden("i_curriculum")
     for scale in ("0.5", "1.0", "300.0"):
-        ours = log_mean_exp_below(jnp.float32(vectors[f"lme_c_{scale}"]), jnp.float32(scale))
+        ceiling = vectors[f"lme_c_{scale}"]
+        ours = ceiling + np.float64(log_mean_exp_below(jnp.float32(ceiling / float(scale)), jnp.float32(scale)))
         np.testing.assert_allclose(ours, vectors[f"lme_{scale}"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0, 1e3, 1e9])
+def test_truncated_mean_beside_the_ceiling(scale):
+    """Against 40 digits, for ceilings from the far lower tail to the upper one."""
+    a = np.float32([-6.0, -1.0, -1e-3, 0.0, 1e-3, 0.5, 3.0, 5.5])
+    ours = log_mean_exp_below(jnp.asarray(a), jnp.float32(scale))
+    with mpmath.workdps(40):
+        scale = mpmath.mpf(float(np.float32(scale)))
+        log_ndtr = lambda z: mpmath.log(mpmath.erfc(-z / mpmath.sqrt(2)) / 2)  # noqa: E731
+        expected = [
+            float(scale**2 / 2 + log_ndtr(z - scale) - log_ndtr(z) - z * scale) for z in map(mpmath.mpf, a.tolist())
+        ]
+    np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("tau", [3e-9, 1e-10])
+def test_a_temperature_near_zero_leaves_the_largest_entry(tau):
+    """Compiled with tau as a constant, too, with which a compiler may multiply by 1 / tau instead."""
+    draw = jax.jit(lambda key: duality.tempered_topk(key, jnp.zeros((1, 20_000), jnp.int32), -2.7, tau, 3, 50_257)[0])
+    weights = np.asarray(draw(jax.random.key(0)))
+    assert np.isfinite(weights).all()
+    np.testing.assert_allclose(weights[..., 0], 1.0, atol=1e-3)
 
 
 def test_temperature_schedule_against_the_reference(golden):

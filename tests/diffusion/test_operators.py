@@ -113,3 +113,12 @@ def test_mistakes_are_told():
         operators.by_name("exact", 10, -1.0, -2.0)
     with pytest.raises(UserError, match="vocab_size"):
         operators.by_name("exact", 1, -2.0, -1.0)
+
+
+def test_a_signal_level_beyond_reach_is_refused():
+    gamma = operators.inverse(2e-7, 2)
+    np.testing.assert_allclose(exact_operator(gamma, 2), 2e-7, rtol=1e-6)
+    with pytest.raises(
+        UserError, match=r"no gamma up to 30 gives the signal level alpha = 1e-07; the least is 1\.7e-07"
+    ):
+        operators.inverse(1e-7, 2)
