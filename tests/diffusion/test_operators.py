@@ -117,7 +117,7 @@ def test_mistakes_are_told():
 
 def test_a_signal_level_beyond_reach_is_refused():
     gamma = operators.inverse(2e-7, 2)
-    np.testing.assert_allclose(exact_operator(gamma, 2), 2e-7, rtol=1e-6)
+    np.testing.assert_allclose(exact_operator([gamma], 2)[0], 2e-7, rtol=1e-6)
     with pytest.raises(
         UserError, match=r"no gamma up to 30 gives the signal level alpha = 1e-07; the least is 1\.7e-07"
     ):
