@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from duo_jax import cli
+from duo_jax.files import check_folder
 
 Row = Mapping[str, Any]
 
@@ -58,19 +59,6 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
-def check_folder(out: str | None) -> Path | None:
-    """Returns the folder for results, made if need be; it is asked for before any work is done.
-
-    Raises:
-        UserError: it cannot be made, or not written to.
-    """
-    if not out:
-        return None
-    folder = cli.results_folder("--out", out)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def save(folder: Path | None, name: str, report: Mapping[str, Any], text: str) -> None:
     """Writes NAME.json and NAME.md to the folder, if there is one, and says so."""
     if folder is None:
@@ -98,7 +86,7 @@ def main(
     flags.DEFINE_string("out", None, f"A folder for {name}.json and {name}.md.")
 
     def call(config: ConfigDict) -> None:
-        folder = check_folder(flags.FLAGS.out)
+        folder = check_folder(flags.FLAGS.out, flag="--out") if flags.FLAGS.out else None
         found = measure(config, flags.FLAGS)
         told = text(found)
         print(f"\n{told}\n")

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -153,34 +152,6 @@ def release_memory() -> None:
     """Gives back what glibc keeps free, as when a compiler is done with its work; elsewhere than on glibc does nothing."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def results_folder(flag: str, value: str | Path) -> Path:
-    """Returns the folder that a flag names, `~` expanded, if results can be written there; nothing is left behind.
-
-    To be asked for before any work is done.
-
-    Raises:
-        UserError: it cannot be made, or not written to.
-    """
-    folder = Path(value).expanduser()
-    made: list[Path] = []
-    try:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except FileExistsError as error:
-        raise UserError(f"{flag}={value} is a file, not a folder; give another.") from error
-    except OSError as error:
-        raise UserError(
-            f"{flag}={value} cannot be made a folder and written to: {error.strerror}; give another."
-        ) from error
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-    return folder
 
 
 def named(flag: str, values: list[str]) -> dict[str, str]:

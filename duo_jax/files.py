@@ -1,4 +1,4 @@
-"""Files: locks on what processes share, whether something can be written before hours of work, where packages lie."""
+"""Files: checks before hours of work that results can be written, locks between processes, folders of packages."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from duo_jax.errors import UserError
 
 _log = logging.getLogger("duo_jax.files")
 
-# What some networks' disks answer where a lock is asked for.
+# The errors that network disks without locks raise.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+_ADVICE = "put that right, or use another --workdir (to evaluate or sample, a copy of this one)"
 
 
 def package_folder(package: str) -> Path | None:
@@ -29,30 +30,43 @@ def package_folder(package: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Turns the disk's errors inside into one sentence about `path`, a UserError."""
+def written(path: Path | str, advice: str = _ADVICE) -> Iterator[None]:
+    """Turns an OSError inside the block into a UserError that names `path`, gives the reason and ends in the advice."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; put that right, or use another --workdir (to evaluate or "
-            "sample, a copy of this one)."
-        ) from error
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; {advice}.") from error
 
 
-def check_folder(folder: Path) -> None:
-    """Makes a folder if need be.
+def check_folder(folder: str | Path, *, flag: str = "", keep: bool = True) -> Path:
+    """Makes a folder if it is missing, writes a test file in it, and returns its path with `~` expanded.
+
+    Args:
+        folder: its path.
+        flag: the flag that named it, such as `--out`, for the message.
+        keep: leave the folders that were made; False removes them again, so that a later mistake leaves nothing behind.
 
     Raises:
         UserError: it cannot be made, or no file can be written in it.
     """
-    with written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # permissions do not tell of a read-only or a remote disk
+    path = Path(folder).expanduser()
+    made: list[Path] = []
+    with written(f"{flag}={folder}", "give another folder") if flag else written(path):
+        if path.is_file():
+            raise FileExistsError(errno.EEXIST, "it is a file, not a folder")
+        try:
+            made = [parent for parent in (path, *path.parents) if not parent.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()  # permissions do not show that a disk is read-only
+        finally:
+            for parent in () if keep else made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+    return path
 
 
 def check_file(path: Path) -> None:
-    """Leaves a file as it is, or as it is not yet.
+    """Checks that a file can be written, without changing or creating it; makes its folder if that is missing.
 
     Raises:
         UserError: it cannot be written.
@@ -65,11 +79,11 @@ def check_file(path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Lock:
-    """A lock's file; closing it, or the end of the process, releases the lock.
+    """A lock, released by `close` or by the end of the process.
 
     Attributes:
         file: the open file.
-        exclusive: whether no other process has the lock; False on a disk without locks, where nobody can tell.
+        exclusive: True if no other process holds the lock; False on a disk without locks, where that is unknown.
     """
 
     file: IO[str]
@@ -81,15 +95,15 @@ class Lock:
 
 
 def acquire(path: Path, *, block: bool) -> Lock | None:
-    """Returns a lock, its file made if need be, or None where another process has it and `block` is not set.
+    """Returns a lock on a file, which is created if it is missing, or None if another process has it and not `block`.
 
-    On a disk without locks, such as some network disks, work goes on without protection; a warning says so.
+    On a disk without locks, as some network disks are, it logs a warning and returns a lock that protects nothing.
     """
     while True:
         file = path.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
-            # Whoever held the lock before may have removed its file, and then this is a lock on nothing.
+            # The process that held the lock before may have removed the file; then this lock is on a deleted file.
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return Lock(file, exclusive=True)
         except BlockingIOError:
@@ -99,7 +113,7 @@ def acquire(path: Path, *, block: bool) -> Lock | None:
             pass
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                _log.warning("The disk of %s has no locks: see to it that no other process works there.", path.parent)
+                _log.warning("The disk of %s has no locks: make sure that no other process works there.", path.parent)
                 return Lock(file, exclusive=False)
             file.close()
             raise
@@ -108,11 +122,11 @@ def acquire(path: Path, *, block: bool) -> Lock | None:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
-    """Holds a lock, and removes its file at the end; the kernel releases it however the process ends.
+    """Holds a lock while the block runs, then removes its file; the kernel releases the lock if the process is killed.
 
     Args:
         path: the lock's file.
-        busy: called where another process has the lock; if it returns, that process is waited for.
+        busy: called if another process has the lock; if it returns, this waits for that process.
     """
     lock = acquire(path, block=False)
     if lock is None:

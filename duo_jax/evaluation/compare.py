@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from duo_jax import cli, progress
 from duo_jax import config as config_lib
 from duo_jax.errors import UserError
+from duo_jax.files import check_folder
 from duo_jax.training import workdir as workdir_lib
 from duo_jax.training.writers import read_jsonl
 
@@ -164,7 +165,7 @@ def main() -> None:
     with cli.one_line_errors():
         args = parser.parse_args()
         runs = cli.named("--runs", args.runs)
-        report(runs, cli.results_folder("--out", args.out))
+        report(runs, check_folder(args.out, flag="--out", keep=False))
 
 
 if __name__ == "__main__":

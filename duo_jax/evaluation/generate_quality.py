@@ -23,6 +23,7 @@ from typing import Any
 from duo_jax import cli, progress
 from duo_jax.errors import UserError
 from duo_jax.evaluation.judged_texts import NONE, Model, already_written, opened, own_length, reference
+from duo_jax.files import check_folder
 
 HELDOUT = "held-out text"
 
@@ -332,7 +333,7 @@ def _check(args: argparse.Namespace) -> None:
         # All are read, for the last row's mistake to show now, too.
         if not sum(len(text) for file in files for text in text_files.read_rows(file, args.field, setting="--field")):
             raise UserError(f"--heldout={args.heldout} holds no text but white space; give another.")
-    args.out = cli.results_folder("--out", args.out)
+    args.out = check_folder(args.out, flag="--out", keep=False)
 
 
 def _list(kind: type) -> Any:

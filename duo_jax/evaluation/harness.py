@@ -13,6 +13,7 @@ from typing import Any
 
 from duo_jax import cli, progress
 from duo_jax.errors import UserError
+from duo_jax.files import check_folder
 
 # Of what the harness returns; the rest is what it found about the machine.
 _KEPT = ("settings", "results", "groups", "versions", "n-shot", "n-samples")
@@ -64,7 +65,7 @@ def main() -> None:
             raise UserError(f"--seed is {args.seed}; it must be from 0 to 2^32 - 1.")
         if args.include_path is not None and not args.include_path.is_dir():
             raise UserError(f"--include_path={args.include_path} is not a folder.")
-        out = None if args.out is None else cli.results_folder("--out", args.out)
+        out = None if args.out is None else check_folder(args.out, flag="--out", keep=False)
         cli.keep_memory()
         found = evaluate(args)
         from duo_jax.evaluation.harness_model import make_table

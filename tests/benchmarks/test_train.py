@@ -61,7 +61,7 @@ def test_a_mistake_is_told_before_anything_is_measured(change, expected):
     ("args", "expected"),
     [
         (["--config.model.heads=3"], "config.model.dim = 16 must be a multiple"),
-        (["--out=setup.py/x"], "cannot be made a folder and written to"),
+        (["--out=setup.py/x"], "cannot be written: Not a directory"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(args, expected):

@@ -8,9 +8,10 @@ import types
 import pytest
 from helpers import make_config, run, tiny_settings
 
-from duo_jax import api, cli
+from duo_jax import api
 from duo_jax.errors import UserError
 from duo_jax.evaluation import generate_quality, generative, judged_texts, judges
+from duo_jax.files import check_folder
 from duo_jax.training import checkpoint
 
 DOOR = [sys.executable, "-m", "duo_jax.evaluation.generate_quality"]
@@ -222,9 +223,9 @@ def test_a_mistake_gets_one_clear_line(trained, judge, tmp_path, flags, expected
     ("out", "expected"),
     [
         ("{tmp}/file", "is a file, not a folder"),
-        ("{tmp}/file/deeper", "cannot be made a folder and written to: Not a directory"),
-        ("/proc/nowhere", "cannot be made a folder and written to"),
-        ("/proc", "cannot be made a folder and written to"),
+        ("{tmp}/file/deeper", "cannot be written: Not a directory"),
+        ("/proc/nowhere", "cannot be written"),
+        ("/proc", "cannot be written"),
     ],
 )
 def test_a_folder_that_takes_no_results_is_told_first(trained, tmp_path, door, monkeypatch, out, expected):
@@ -242,10 +243,10 @@ def test_a_judge_that_is_not_there_is_told_before_a_folder_is_made(trained, tmp_
 
 def test_a_folder_is_tried_and_left_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.results_folder("--out", "~/a/b") == tmp_path / "a" / "b"
+    assert check_folder("~/a/b", flag="--out", keep=False) == tmp_path / "a" / "b"
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "d").write_text("kept")
-    assert cli.results_folder("--out", str(tmp_path / "c")) == tmp_path / "c"
+    assert check_folder(str(tmp_path / "c"), flag="--out", keep=False) == tmp_path / "c"
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["c", "c/d"]
 
 
