@@ -11,13 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
-import logging
 import shutil
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ from ml_collections import ConfigDict
 from duo_jax import convert, files
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network, Params
+from duo_jax.training import orbax_noise
 from duo_jax.training.state import TrainState, new_loss_scale
 
 FOLDER = "checkpoints"
@@ -67,40 +64,15 @@ def _of_orbax(error: BaseException) -> bool:
     return isinstance(error, OSError | KeyError | ValueError) or type(error) is Exception
 
 
-def _drop_echoes(others: Callable[[Any], None], unraisable: Any) -> None:
-    """Leaves out what Orbax's abandoned reads say when they end, and hands what is not of them on."""
-    text = str(unraisable.exc_value)
-    if "Event loop is closed" not in text and "while reading array index" not in text:
-        others(unraisable)
-
-
-def _is_no_echo(record: logging.LogRecord) -> bool:
-    """Leaves out what asyncio logs of them, and of nothing else."""
-    if not record.getMessage().startswith("Task exception was never retrieved"):
-        return True
-    frames = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
-    return not any(str(frame.f_globals.get("__name__")).startswith("orbax.") for frame, _ in frames)
-
-
-def _hush() -> None:
-    """Leaves out the tracebacks of Orbax's threads: the first array that fails ends the work on the others, after the error
-    was raised, and each would print one.
-    """
-    if getattr(sys.unraisablehook, "func", None) is not _drop_echoes:
-        sys.unraisablehook = functools.partial(_drop_echoes, sys.unraisablehook)
-
-
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """Turns what Orbax raises on a damaged checkpoint into one sentence."""
-    before = sys.unraisablehook
-    _hush()  # the hook stays where there was an error
+    """Turns what Orbax raises when it cannot read a checkpoint into a UserError of one sentence."""
     try:
-        yield
+        with orbax_noise.muted_on_error():
+            yield
     except Exception as error:
         if not _of_orbax(error):
             raise
-        logging.getLogger("asyncio").addFilter(_is_no_echo)  # one function is added once
         reason = " ".join(str(error.__cause__ or error).split())[:120]
         if any(getattr(seen, "errno", None) in _PASSING for seen in (error, error.__cause__)):
             raise UserError(
@@ -109,7 +81,6 @@ def _readable(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder} is damaged ({reason}); remove it, and the checkpoint before it will be used."
         ) from error
-    sys.unraisablehook = before
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -249,8 +220,7 @@ class Checkpoints:
         except Exception as error:
             if not _full_disk(error):
                 raise
-            _hush()
-            logging.getLogger("asyncio").addFilter(_is_no_echo)
+            orbax_noise.mute()
             raise self._full() from error
 
     def _full(self) -> UserError:

@@ -16,7 +16,7 @@ from helpers import ROOT, command, make_config, run, tiny_settings, trained_sett
 
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network
-from duo_jax.training import checkpoint, optimizer, partition
+from duo_jax.training import checkpoint, optimizer, orbax_noise, partition
 from duo_jax.training import state as state_lib
 
 
@@ -145,7 +145,7 @@ def test_only_what_abandoned_reads_say_is_left_out(trained, monkeypatch):
     checkpoint.read(trained)
     assert sys.unraisablehook is sys.__unraisablehook__, "none were abandoned"
     for said in ("Event loop is closed", "Error while reading array index x", "something else"):
-        checkpoint._drop_echoes(told.append, types.SimpleNamespace(exc_value=RuntimeError(said)))
+        orbax_noise._report_others(told.append, types.SimpleNamespace(exc_value=RuntimeError(said)))
     assert [str(unraisable.exc_value) for unraisable in told] == ["something else"]
 
 
@@ -158,9 +158,9 @@ def test_of_tasks_that_failed_only_orbaxs_are_left_out():
         about = (raised.type, raised.value, raised.tb)
         return logging.LogRecord("asyncio", logging.ERROR, "", 0, "Task exception was never retrieved", (), about)
 
-    assert not checkpoint._is_no_echo(record("orbax.checkpoint.x"))
-    assert checkpoint._is_no_echo(record("somebody.elses"))
-    assert checkpoint._is_no_echo(logging.LogRecord("asyncio", logging.ERROR, "", 0, "another message", (), None))
+    assert not orbax_noise._is_of_others(record("orbax.checkpoint.x"))
+    assert orbax_noise._is_of_others(record("somebody.elses"))
+    assert orbax_noise._is_of_others(logging.LogRecord("asyncio", logging.ERROR, "", 0, "another message", (), None))
 
 
 @pytest.mark.parametrize(
