@@ -1,10 +1,10 @@
-"""Everything that a run is at one moment, but for the position in its data."""
+"""The state of a run after some step: all but its position in the data."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from duo_jax.models.network import Network, Weights
 from duo_jax.objectives import Batch, LossFn
 from duo_jax.training import optimizer as optimizer_lib
 
-# A gradient that overflows below this is not one that a scale would cure.
+# A gradient that overflows even at this scale has another fault, which a smaller scale would not cure.
 _SMALLEST_SCALE = 2.0**-14
 
 
@@ -27,11 +27,11 @@ class TrainState:
     Attributes:
         step: steps taken, int32.
         params: float32 weights.
-        ema: their moving average, with which the network is evaluated.
+        ema: the moving average of `params`; evaluation uses it.
         opt_state: the optimizer's moments.
-        key: data of the PRNG key (uint32) from which each step's key is folded.
-        teacher: weights that a distilled network learns from; empty otherwise.
-        loss_scale: what a loss computed in float16 is multiplied by, so that its gradient does not vanish; empty otherwise.
+        key: data of the PRNG key (uint32); each step folds its number into it.
+        teacher: in distillation, the weights to learn from; otherwise empty.
+        loss_scale: in float16, the factor on the loss that keeps its gradient from vanishing; otherwise empty.
     """
 
     step: jax.Array
@@ -52,7 +52,7 @@ def create(
     """Returns the state before the first step, with fresh weights or a copy of `start_from`."""
     key_init, key_run = jax.random.split(jax.random.key(seed))
     params = network.init(key_init) if start_from is None else start_from
-    # Copies, as a donated state may not hold one buffer twice.
+    # Copies, because a donated state must not hold one buffer twice.
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -65,7 +65,7 @@ def create(
 
 
 def new_loss_scale() -> DynamicScale:
-    """Returns the scale to start from: halved whenever a gradient overflows, doubled after 2,000 steps without."""
+    """Returns the first scale: it halves when a gradient overflows, and doubles after 2,000 steps without an overflow."""
     return DynamicScale(
         scale=jnp.float32(2.0**16), fin_steps=jnp.int32(0), minimum_scale=_SMALLEST_SCALE, growth_interval=2_000
     )
@@ -83,16 +83,16 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the next state and the step's loss (nats per token) and gradient norm before clipping. Pure.
 
-    With a loss scale also the scale, and whether the step was skipped because its gradient overflowed.
+    With a loss scale, the metrics also hold the scale and whether the step was skipped because its gradient overflowed.
 
     Args:
         state: before the step.
         batch: `tokens` and `mask`.
-        make_loss: gives the loss for a teacher; see `objectives.training_loss`.
-        optimizer: as made by `optimizer.create`.
+        make_loss: maps the teacher's weights to the loss; see `objectives.training_loss`.
+        optimizer: from `optimizer.create`.
         ema: the average's decay.
-        new_teacher: gives the teacher of the step after; the same one as a rule.
-        accumulate: in how many parts of the rows the gradient is computed, one after the other.
+        new_teacher: maps the new state to the teacher of the next step; by default the teacher stays.
+        accumulate: the number of parts in which the gradient of the rows is computed, one after the other.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     scaled = isinstance(state.loss_scale, DynamicScale)
@@ -107,7 +107,7 @@ def train_step(
     learnt = {"params": params, "ema": averaged, "opt_state": opt_state}
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
     if scaled:
-        # A step whose gradient overflowed teaches nothing but a smaller scale.
+        # A step whose gradient overflowed changes only the scale.
         learnt = {
             name: jax.tree.map(functools.partial(jnp.where, finite), new, getattr(state, name))
             for name, new in learnt.items()
@@ -120,7 +120,13 @@ def train_step(
 
 
 class _Found(NamedTuple):
-    """A loss, its gradient, and of how many tokens they are the mean; with a loss scale the next one, else empty."""
+    """What one forward and backward pass gives.
+
+    Attributes:
+        loss, gradient: means over `tokens` tokens.
+        loss_scale: the scale for the next step; empty without one.
+        finite: whether the gradient is finite; True without a loss scale.
+    """
 
     loss: jax.Array
     gradient: Weights
@@ -140,32 +146,28 @@ def _gradient(loss_fn: LossFn, state: TrainState, batch: Batch, key: jax.Array) 
 
 
 def _sum_of_parts(gradient_of: Callable[[Batch, jax.Array], _Found], batch: Batch, key: jax.Array, n: int) -> _Found:
-    """Returns what all rows give from `n` parts of them, each with noise of its own: the mean over the tokens of all."""
-    # Every n-th row, so that each part is spread over the devices as the whole is.
+    """Returns the mean over all tokens of a batch, computed in `n` parts of its rows one after the other.
+
+    Each part draws noise of its own.
+    """
+    # Part i holds the rows i, i + n, i + 2n, ..., so that each part is spread over the devices as the whole batch is.
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
 
-    def weighed(found: _Found) -> _Found:
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, tuple[DynamicScale | dict, jax.Array]]:
+        found = gradient_of(part[0], jax.random.fold_in(key, part[1]))
         loss, gradient = jax.tree.map(lambda x: x * found.tokens, (found.loss, found.gradient))
-        return found._replace(loss=loss, gradient=gradient)
-
-    def add(so_far: _Found, part: tuple[Batch, jax.Array]) -> tuple[_Found, None]:
-        found = weighed(gradient_of(part[0], jax.random.fold_in(key, part[1])))
-        total = jax.tree.map(jnp.add, so_far[:3], found[:3])
-        # The next scale follows from the last one and from whether all is finite: where a part is not, its is the smaller.
-        scale = jax.tree.map(jnp.minimum, so_far.loss_scale, found.loss_scale)
-        return _Found(*total, scale, so_far.finite & found.finite), None
+        return jax.tree.map(jnp.add, total, (loss, gradient, found.tokens)), (found.loss_scale, found.finite)
 
     shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda x: x[0], parts), key)
-    nothing = jax.tree.map(jnp.zeros_like, shapes)
-    largest = jax.tree.map(lambda x: jnp.full(x.shape, jnp.finfo(x.dtype).max if jnp.issubdtype(x.dtype, jnp.floating)
-                                              else jnp.iinfo(x.dtype).max, x.dtype), shapes.loss_scale)  # fmt: skip
-    nothing = nothing._replace(loss_scale=largest, finite=jnp.asarray(True))
-    total = jax.lax.scan(add, nothing, (parts, jnp.arange(n)))[0]
-    loss, gradient = jax.tree.map(lambda x: x / jnp.maximum(total.tokens, 1), (total.loss, total.gradient))
-    return total._replace(loss=loss, gradient=gradient)
+    zeros = jax.tree.map(jnp.zeros_like, (shapes.loss, shapes.gradient, shapes.tokens))
+    (loss, gradient, tokens), (scales, finite) = jax.lax.scan(add, zeros, (parts, jnp.arange(n)))
+    loss, gradient = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), (loss, gradient))
+    # All parts start from one scale. A part whose gradient overflowed proposes a smaller next scale than the others.
+    scale = jax.tree.map(lambda x: x.min(axis=0), scales)
+    return _Found(loss, gradient, tokens, scale, finite.all())
 
 
 def renew_teacher(state: TrainState, *, every: int, source: str) -> Weights:
-    """Returns the `ema` or the `student` itself as the new teacher at the end of each round of `every` steps."""
+    """Returns the teacher of the next step: renewed from `source` (`ema` or `student`) after every `every` steps."""
     weights = state.ema if source == "ema" else state.params
     return jax.lax.cond(state.step % every == 0, lambda: weights, lambda: state.teacher)
