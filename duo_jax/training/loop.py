@@ -1,4 +1,4 @@
-"""The one training loop: one jitted step, on one CPU or many hosts, that goes on where a killed run stopped."""
+"""The training loop: one jitted step, on one CPU or many hosts; a killed run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -27,7 +27,7 @@ from duo_jax.training.state import TrainState, create, renew_teacher, train_step
 
 
 class Meter:
-    """Keeps the metrics of steps on the device, and reads many steps in one copy, one step late."""
+    """Keeps the metrics of steps on the device and copies those of many steps at once, one step late."""
 
     def __init__(self, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
@@ -35,22 +35,22 @@ class Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Counts the rate from here, after a pause that was not training."""
+        """Starts to measure the rate anew, after a pause that was not training."""
         self._since, self._steps = time.monotonic(), 0
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Adds a step's metrics and waits for the step before it: the device has one step queued, never none or many."""
+        """Adds a step's metrics and waits for the step before it, so that the device always has one step queued."""
         if self._pending:
             self._pending[-1]["loss"].block_until_ready()
         self._pending.append(metrics)
         self._steps += 1
 
     def read(self, step: int, *, late: bool = True) -> dict[str, float]:
-        """Returns averages over the steps since the last reading, and the rate; empty where there is nothing to read.
+        """Returns averages over the steps since the last reading, and the rate; empty if there were none.
 
         Args:
-            step: the step taken last, for the error message.
-            late: leave out the step that the device may still be busy with.
+            step: the last step taken, for the error message.
+            late: leave out the last step, which the device may still be computing.
 
         Raises:
             UserError: the loss is not finite.
@@ -62,8 +62,8 @@ class Meter:
         mean = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
         if not all(math.isfinite(value) for value in mean.values()):
             raise UserError(
-                f"the loss or its gradient is not finite near step {step}; nothing was saved after it went wrong. Go on "
-                "from the last checkpoint with a lower config.train.lr or a longer config.train.warmup."
+                f"the loss or its gradient is not finite near step {step}; nothing was saved since. Go on from the last "
+                "checkpoint with a lower config.train.lr or a longer config.train.warmup."
             )
         if self._steps:
             rate = self._steps / (time.monotonic() - self._since)
@@ -72,12 +72,22 @@ class Meter:
         return mean
 
 
-def compile_step(config: ConfigDict, network: Network, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """Returns the jitted initialiser and train step, and the state's shapes with their shardings.
+class Jitted(NamedTuple):
+    """The jitted functions of a run.
 
-    The initialiser takes weights to start from, or None for fresh ones. The step takes `(state, batch)`, gives `(state,
-    metrics)` and reuses the memory of the state it was given.
+    Attributes:
+        initial: takes the weights to start from, or None for fresh ones, and returns the first state.
+        step: takes `(state, batch)` and returns `(state, metrics)`; it reuses the memory of the state that it is given.
+        shapes: a state of `jax.ShapeDtypeStruct`s with their shardings.
     """
+
+    initial: Callable[..., TrainState]
+    step: jax.stages.Wrapped
+    shapes: TrainState
+
+
+def compile_step(config: ConfigDict, network: Network, mesh: Mesh) -> Jitted:
+    """Returns the jitted initialiser and train step of a config; they compile when they are first called."""
     optimizer = optimizer_lib.create(config.train)
     settings: dict[str, Any] = {
         "make_loss": objectives.training_loss(config, network, mesh=mesh),
@@ -98,26 +108,27 @@ def compile_step(config: ConfigDict, network: Network, mesh: Mesh) -> tuple[Any,
         in_shardings=(shardings, partition.batch_sharding(mesh)),
         out_shardings=(shardings, partition.replicated(mesh)),
         donate_argnums=0,
-        # Half-precision arrays are read as they were rounded: to sum what they were before, XLA would keep it in float32.
+        # Otherwise XLA may keep the float32 values of half-precision arrays in memory, to sum them before rounding.
         compiler_options={"xla_allow_excess_precision": False},
     )
-    return jax.jit(initial, out_shardings=shardings), step, shapes
+    return Jitted(jax.jit(initial, out_shardings=shardings), step, shapes)
 
 
-def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, initial: Any, like: TrainState) -> TrainState:
-    """Returns the state of the newest checkpoint, and moves the data there; or the initial state where there is none.
+def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, jitted: Jitted) -> TrainState:
+    """Returns the state of the newest checkpoint and moves the data to its position; the initial state without one.
 
     Raises:
-        UserError: the checkpoint is of another run, with the settings that differ; or the disk has no room for a first one.
+        UserError: the checkpoint is of another run (the message names the settings that differ), or the disk has no room
+            for the next checkpoints.
     """
     latest = checkpoints.latest()
     if latest is None or latest < config.train.steps:
-        checkpoints.check_space(like, 2 if latest is None else 1)
+        checkpoints.check_space(jitted.shapes, 2 if latest is None else 1)
     if latest is None:
-        return initial(run.start_from())
+        return jitted.initial(run.start_from())
     record = checkpoints.record(latest)
     run.check_record(record, f"the checkpoint of step {latest} in {checkpoints.folder}")
-    state, data = checkpoints.restore(latest, like)
+    state, data = checkpoints.restore(latest, jitted.shapes)
     run.batches.set_state(data)
     run.say(f"Resuming from the checkpoint of step {latest:,} in {checkpoints.folder}.")
     if told := config_lib.told(record["config"], config):
@@ -125,105 +136,118 @@ def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, initial: Any,
     return state
 
 
+class _Steps:
+    """The steps left in a run, and what happens between them: logging, saving, evaluating and sampling."""
+
+    def __init__(
+        self, config: ConfigDict, run: Run, state: TrainState, checkpoints: Checkpoints, interrupt: Interrupt
+    ) -> None:
+        self.state = state  # after the last step taken
+        self._config, self._run, self._checkpoints, self._interrupt = config, run, checkpoints, interrupt
+        self._record = checkpoint_record(config, run.network)
+        self._meter = Meter(config.train.batch_size * config.model.length)
+
+    def take(self, jitted: jax.stages.Wrapped) -> bool:
+        """Takes the steps, saving the last, and returns whether a signal ended them early."""
+        config, run, meter = self._config, self._run, self._meter
+        start, total = int(self.state.step), config.train.steps
+        # A run may have been stopped between a checkpoint and the evaluation that was due with it.
+        if start and self._report(start, again=False):
+            return True
+        stopped = False
+        with progress.bar(
+            total=total, initial=start, desc="training", unit=" steps", disable=not run.primary
+        ) as self._bar:
+            for step in range(start + 1, total + 1):
+                batch = partition.put(next(run.batches), run.mesh)
+                if step == start + 1:
+                    # Compiled here once; a batch of another shape then raises, rather than compile again.
+                    step_fn = jitted.lower(self.state, batch).compile()
+                    cli.release_memory()
+                    meter.restart_clock()
+                with jax.transfer_guard("disallow"):
+                    self.state, metrics = step_fn(self.state, batch)
+                meter.add(metrics)
+                self._bar.update()
+                stopped = self._interrupt.agreed(step, config.train.log_every)
+                if stopped or step == total or self._due(config.checkpoint.every, step):
+                    self._save(step)
+                elif step % config.train.log_every == 0:
+                    self._log(step)
+                if not stopped and self._report(step):
+                    stopped = True
+                    self._save(step)
+                if stopped:
+                    break
+        return stopped
+
+    def _due(self, every: int, step: int) -> bool:
+        """Whether something is due at this step; `Run.finish` does what is due at the last one."""
+        return every > 0 and step % every == 0 and step < self._config.train.steps
+
+    def _log(self, step: int, *, late: bool = True) -> None:
+        if scalars := self._meter.read(step, late=late):
+            self._run.write(step, {f"train/{name}": value for name, value in scalars.items()})
+            rate = f", {scalars['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in scalars else ""
+            self._bar.set_postfix_str(f"loss {scalars['loss']:.3f}{rate}", refresh=False)
+
+    def _save(self, step: int) -> None:
+        self._log(step, late=False)  # raises if the loss is not finite, before anything is saved
+        self._checkpoints.save(self.state, self._run.batches.get_state(), self._record)
+        self._meter.restart_clock()
+
+    def _report(self, step: int, *, again: bool = True) -> bool:
+        """Evaluates and samples if that is due; returns whether a signal came, which cuts this short.
+
+        With `again=False` it leaves out what the run's files already hold for this step.
+        """
+        run, interrupt = self._run, self._interrupt
+        evaluate = functools.partial(run.evaluate, between=interrupt.between)
+        try:
+            for every, act, done in (
+                (self._config.eval.every, evaluate, run.evaluated),
+                (self._config.sample.every, run.sample, run.sampled),
+            ):
+                if self._due(every, step) and not interrupt.alone() and (again or not done(step)):
+                    act(step, self.state.ema)
+                    self._meter.restart_clock()
+        except Stopped:
+            pass  # the evaluation is done when the run is resumed
+        return interrupt.alone()
+
+
 def train(config: ConfigDict, workdir: str, others: Sequence[Any] = ()) -> int | None:
-    """Trains as `config` says, from the newest checkpoint in `workdir` if there is one, and leaves the results there.
+    """Trains as `config` says, from the newest checkpoint in `workdir` if there is one, and writes the results there.
 
     Ctrl-C or SIGTERM saves a checkpoint and returns; the same command then goes on.
 
     Args:
         config: the recipe.
         workdir: the run's folder.
-        others: writers beside those of the run's own files; see `duo_jax.train`.
+        others: writers besides those of the run's own files; see `duo_jax.train`.
 
     Returns:
-        the number of the signal that stopped the run, or None where it came to its end.
+        the number of the signal that stopped the run, or None if it finished.
 
     Raises:
-        UserError: what a user can put right, in one sentence.
+        UserError: a mistake that the user can correct.
     """
     config_lib.check(config)
     with Run.open(config, workdir, others) as run:
-        initial, step_fn, like = compile_step(config, run.network, run.mesh)
+        jitted = compile_step(config, run.network, run.mesh)
         with Interrupt().watch() as interrupt:  # also while the last checkpoint is written
             checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
             try:
-                state = resume(config, run, checkpoints, initial, like)
+                state = resume(config, run, checkpoints, jitted)
                 run.start(int(state.step), state.params)
-                state, stopped = take_steps(config, run, state, step_fn, checkpoints, interrupt)
+                steps = _Steps(config, run, state, checkpoints, interrupt)
+                stopped = steps.take(jitted.step)
             finally:
                 checkpoints.close()
-        step = int(state.step)
+        step = int(steps.state.step)
         if stopped or interrupt.alone():
             name = signal.Signals(interrupt.number).name
             run.say(f"Stopped by {name} at step {step:,} and saved. The same command goes on from there.")
             return interrupt.number
-        run.finish(step, state.ema)
+        run.finish(step, steps.state.ema)
         return None
-
-
-def take_steps(
-    config: ConfigDict, run: Run, state: TrainState, step_fn: Any, checkpoints: Checkpoints, interrupt: Interrupt
-) -> tuple[TrainState, bool]:
-    """Takes the steps that are left, or those until the interrupt.
-
-    Returns:
-        the last state, which is saved, and whether it was the interrupt that ended the steps.
-    """
-    start, total = int(state.step), config.train.steps
-    meter = Meter(config.train.batch_size * config.model.length)
-    record = checkpoint_record(config, run.network)
-
-    def due(every: int, step: int) -> bool:
-        return every > 0 and step % every == 0 and step < total  # the last step's are done at the end
-
-    def log(step: int, *, late: bool = True) -> None:
-        if scalars := meter.read(step, late=late):
-            run.write(step, {f"train/{name}": value for name, value in scalars.items()})
-            rate = f", {scalars['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in scalars else ""
-            bar.set_postfix_str(f"loss {scalars['loss']:.3f}{rate}", refresh=False)
-
-    def save(step: int) -> None:
-        log(step, late=False)  # a loss that is not finite ends the run here, before it is saved
-        checkpoints.save(state, run.batches.get_state(), record)
-        meter.restart_clock()
-
-    def report(step: int, *, again: bool = True) -> bool:
-        """Evaluates and samples where that is due, also `again`; returns whether a signal came, which cuts it short."""
-        evaluate = functools.partial(run.evaluate, between=interrupt.between)
-        try:
-            for every, act, done in (
-                (config.eval.every, evaluate, run.evaluated),
-                (config.sample.every, run.sample, run.sampled),
-            ):
-                if due(every, step) and not interrupt.alone() and (again or not done(step)):
-                    act(step, state.ema)
-                    meter.restart_clock()
-        except Stopped:
-            pass  # it is made up for when the run goes on
-        return interrupt.alone()
-
-    if start and report(start, again=False):  # the run was stopped between its checkpoint and what was due with it
-        return state, True
-    stopped = False
-    with progress.bar(total=total, initial=start, desc="training", unit=" steps", disable=not run.primary) as bar:
-        for step in range(start + 1, total + 1):
-            batch = partition.put(next(run.batches), run.mesh)
-            if step == start + 1:
-                step_fn = step_fn.lower(state, batch).compile()  # once; a program for another shape cannot follow
-                cli.release_memory()
-                meter.restart_clock()
-            with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, batch)
-            meter.add(metrics)
-            bar.update()
-            stopped = interrupt.agreed(step, config.train.log_every)
-            if stopped or step == total or due(config.checkpoint.every, step):
-                save(step)
-            elif step % config.train.log_every == 0:
-                log(step)
-            if not stopped and report(step):
-                stopped = True
-                save(step)
-            if stopped:
-                break
-    return state, stopped
