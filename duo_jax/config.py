@@ -39,8 +39,12 @@ from duo_jax.errors import UserError
 
 MODES = ("train", "eval", "sample")
 ALGORITHMS = ("duo", "duo_base", "dcd", "mdlm", "sedd", "d3pm", "ar")
+# As in `diffusion.operators.NAMES`, which the mathematics keeps for itself; a test compares the two.
 OPERATORS = ("exact", "series", "sigmoid", "sigmoid-edge-corrected", "poly3", "poly5", "poly7", "poly9")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PACKINGS = ("packed", "padded")
+SAMPLERS = ("ancestral", "psi", "ancestral_cache", "analytic", "autoregressive")
+NOISE_REMOVALS = ("ancestral", "greedy", "none")
 
 # What a run may change when it goes on from a checkpoint; all else must be as it was, or it is another run.
 FREE_ON_RESUME = (
@@ -256,9 +260,9 @@ _CHOICES = {
     "algo.distillation.teacher": ("ema", "student"),
     "model.attention": ("auto", "xla", "cudnn"),
     "model.remat": ("none", "dots", "blocks"),
-    "data.packing": ("packed", "padded"),
-    "sample.sampler": ("ancestral", "psi", "ancestral_cache", "analytic", "autoregressive"),
-    "sample.noise_removal": ("ancestral", "greedy", "none"),
+    "data.packing": PACKINGS,
+    "sample.sampler": SAMPLERS,
+    "sample.noise_removal": NOISE_REMOVALS,
 }
 # What numbers must be, where they are not left empty, in code and in words.
 _RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (

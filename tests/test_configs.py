@@ -10,6 +10,7 @@ from helpers import ROOT
 from duo_jax import config as config_lib
 from duo_jax import gaussian, objectives
 from duo_jax.data import tokenizers
+from duo_jax.diffusion import operators
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network, count
 from duo_jax.training import optimizer, state
@@ -119,6 +120,10 @@ def test_the_papers_range_of_gamma_fits_every_vocabulary(name, low, high):
         now, then = (float(side.alpha(jnp.array(t), size)[0]) for side, size in ((other, 512), (paper, k)))
         assert now == pytest.approx(then, rel=1e-3)
     assert other.gamma_min > low + 0.3
+
+
+def test_the_operators_of_the_config_are_those_of_the_mathematics():
+    assert config_lib.OPERATORS == operators.NAMES
 
 
 def test_what_a_resumed_run_may_change():

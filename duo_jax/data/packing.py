@@ -5,10 +5,9 @@ from typing import Protocol
 
 import numpy as np
 
+from duo_jax.config import PACKINGS
 from duo_jax.data.shards import MemoryStore, TokenStore
 from duo_jax.errors import UserError
-
-PACKINGS = ("packed", "padded")
 
 Store = TokenStore | MemoryStore
 Batch = dict[str, np.ndarray]  # {"tokens": int32 [B, L], "mask": float32 [B, L]}

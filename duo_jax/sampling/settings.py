@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from duo_jax.config import NOISE_REMOVALS, SAMPLERS
 from duo_jax.diffusion import schedules
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network
 
-SAMPLERS = ("ancestral", "psi", "ancestral_cache", "analytic", "autoregressive")
-NOISE_REMOVALS = ("ancestral", "greedy", "none")
 PROCESSES = ("uniform", "absorbing", "autoregressive")
 LAST_T = 1e-5
 
