@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from duo_jax import cli
-from duo_jax.errors import UserError
+from duo_jax.errors import UserError, out_of_memory
 
 # Sides of the matrices whose product tells a device's peak, and products asked for at a time: large enough for the matrix
 # units to be busy, small enough for seconds. A fast device would otherwise wait for the next request.
@@ -51,11 +51,6 @@ def _as_in_training(function: Callable[..., Any], *args: Any) -> Any:
         if not out_of_memory(error):
             raise
         raise UserError("a case ran out of the device's memory; make the batch smaller.") from error
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error is the device's, for want of memory."""
-    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
 def rss(name: str = "VmHWM") -> int | None:

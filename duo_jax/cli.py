@@ -22,7 +22,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from duo_jax import config as config_lib
-from duo_jax.errors import UserError
+from duo_jax.errors import UserError, out_of_memory
 
 
 def _load(path: str) -> ConfigDict:
@@ -190,17 +190,17 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:  # JAX's own type of error derives from it
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except RuntimeError as error:  # the base class of JAX's own errors
+        if not out_of_memory(error):
             raise
-        _fail(UserError(_out_of_memory(str(error))))
+        _fail(_memory_advice(error))
 
 
-def _out_of_memory(told: str) -> str:
-    """Returns what is to be done where JAX tells that memory ran out."""
-    asked = re.search(r"allocat\w+ (\d+) bytes", told)
+def _memory_advice(error: RuntimeError) -> UserError:
+    """Returns the error to print when the device's memory is full: how much was asked for, and what to change."""
+    asked = re.search(r"allocat\w+ (\d+) bytes", str(error))
     size = f"; {int(asked[1]) / 2**30:.1f} GiB more were asked for" if asked else ""
-    return (
+    return UserError(
         f"the device's memory is full{size}. In training take config.train.accumulate=2 or more, config.model.remat=blocks "
         "with config.model.scan=True, a smaller config.model.head_mib or config.train.batch_size; elsewhere a smaller "
         "config.eval.batch_size or config.sample.batch_size. A run goes on from its last checkpoint with the same command; "

@@ -10,6 +10,11 @@ class UserError(ValueError):
     """
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether JAX raised an error because a device's memory is full."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of what an exception says, or its name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
