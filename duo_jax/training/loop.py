@@ -62,8 +62,8 @@ class Meter:
         mean = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
         if not all(math.isfinite(value) for value in mean.values()):
             raise UserError(
-                f"the loss or its gradient is not finite near step {step}; nothing was saved since. Go on from the last "
-                "checkpoint with a lower config.train.lr or a longer config.train.warmup."
+                f"the loss or its gradient is not finite near step {step}; nothing was saved after that. Go on from the "
+                "last checkpoint with a lower config.train.lr or a longer config.train.warmup."
             )
         if self._steps:
             rate = self._steps / (time.monotonic() - self._since)
