@@ -1,29 +1,27 @@
-"""Every setting there is, with its default and what it does.
+"""All settings, with their defaults and meanings.
 
-The files in `configs/` start from `default()` and change what their recipe changes, so no recipe is written twice.
-A setting is overridden on the command line as `--config.train.steps=1000`. `check` refuses impossible values with one
-sentence before any work begins.
+The files in `configs/` start from `default()` and change only what their recipe needs. On the command line, a setting is
+overridden as `--config.train.steps=1000`. `check` refuses impossible values with one sentence before any work begins.
 
 The knobs that papers rarely explain:
 
-* **schedule** `alpha_t` is the share of a token that is still signal. `log_linear` makes `alpha = 1 - (1-eps) t`; with
-  `algo.eps = 1e-3`, `alpha_1 = 1e-3` and not 0, so that `log alpha`, which the network is told, stays finite.
-* **eps_t**: times are drawn from `[eps_t, 1]`; the sliver of nearly clean texts below it has next to no loss and a large
-  variance.
+* **schedule** `alpha_t` is the share of a token that is still signal. `log_linear` is `alpha = 1 - (1-eps) t`; with
+  `algo.eps = 1e-3`, `alpha_1` is 1e-3 rather than 0, so that `log alpha`, an input of the network, stays finite.
+* **eps_t**: times are drawn from `[eps_t, 1]`; the nearly clean texts below it have almost no loss and a large variance.
 * **EMA**: the average of the parameters over about `1/(1-ema)` steps; evaluation and sampling use it. It warms up as
-  `min(ema, (1+n)/(10+n))`, so short runs may keep the long-run value, but a run much shorter than `1/(1-ema)` steps is
-  better off with a smaller one (0.999 for 5,000 steps).
+  `min(ema, (1+n)/(10+n))`, so short runs may keep the long-run value, but a run much shorter than `1/(1-ema)` steps
+  needs a smaller one (0.999 for 5,000 steps).
 * **gamma range**: Duo's curriculum and distillation run on the Gaussian side, where gamma_t moves from `gamma_min` to
   `gamma_max` and alpha_t = T(gamma_t) falls; T depends on the vocabulary's size. The paper's [-3.55, -1.85] at K = 50,257
-  means alpha from 0.945 to 0.049: what lies outside is nearly clean or nearly noise and teaches little. Left empty, the
-  range is found for the vocabulary from `alpha_max` and `alpha_min`, as the recipes do; a range that is given is for one
-  vocabulary only.
-* **tau**: in the curriculum the network reads softmax(w_t / tau) in place of the one-hot argmax. The larger tau, the
-  easier the task and the further it is from the real one; at 1e-3 only near ties are visible.
+  means alpha from 0.945 to 0.049: outside it, text is nearly clean or nearly noise and teaches little. If the range is
+  left empty, as in the recipes, it is computed for the vocabulary from `alpha_max` and `alpha_min`; a range that is given
+  fits one vocabulary only.
+* **tau**: in the curriculum the network reads softmax(w_t / tau) instead of the one-hot argmax. A larger tau makes the
+  task easier and further from the real one; at 1e-3 only near ties are visible.
 * **T, dt**: distillation compares the network at times t and t - dt. dt starts at 1/T (`n_steps` = 512) and doubles every
-  `round_length` steps, so one round teaches steps twice as long as the one before; the teacher is renewed with it.
-* **noise removal**: what happens at the end of sampling, when a little noise is left: `ancestral` draws from the
-  posterior at `alpha = 1`, `greedy` takes the most probable token (cleaner and less diverse), `none` leaves it as it is.
+  `round_length` steps, so each round teaches steps twice as long as the one before; the teacher is renewed at each round.
+* **noise removal**: the last step of sampling, when a little noise is left: `ancestral` draws from the posterior at
+  `alpha = 1`, `greedy` takes the most probable token (cleaner and less diverse), `none` leaves the noise in.
 """
 
 from __future__ import annotations
@@ -46,15 +44,15 @@ PACKINGS = ("packed", "padded")
 SAMPLERS = ("ancestral", "psi", "ancestral_cache", "analytic", "autoregressive")
 NOISE_REMOVALS = ("ancestral", "greedy", "none")
 
-# What a run may change when it goes on from a checkpoint; all else must be as it was, or it is another run.
+# The settings, and groups of settings, that may change when a run resumes; all others must stay as they were.
 FREE_ON_RESUME = (
     "mode", "distributed", "train.steps", "train.lr", "train.warmup", "train.accumulate", "train.log_every",
     "eval", "sample", "checkpoint",
     "mesh", "data.dir", "data.path", "data.workers", "model.head_mib", "model.attention", "model.remat", "model.scan",
     "init_from",
 )  # fmt: skip
-# What of this changes what is learnt from then on, and is therefore told.
-TOLD_ON_RESUME = ("train.lr", "train.warmup", "train.accumulate")
+# Those that change what is learnt from then on, and are therefore printed.
+ANNOUNCED_ON_RESUME = ("train.lr", "train.warmup", "train.accumulate")
 
 
 def default() -> ConfigDict:
@@ -62,9 +60,9 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.mode = "train"  # train | eval | sample
     config.seed = 0  # seeds initialisation, data order, noise and dropout
-    # The type of the blocks' and the head's products: float32 | bfloat16 | float16 (loss scaled) | auto (by device).
-    # Parameters, norms, softmaxes and losses are float32. An accelerator rounds the factors of float32 products, to TF32
-    # or bfloat16, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
+    # Type of the matrix products in the blocks and the head: float32 | bfloat16 | float16 (loss scaled) | auto (by device).
+    # Parameters, norms, softmaxes and losses are float32. Accelerators round the factors of float32 products to TF32 or
+    # bfloat16 unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
     config.precision = "auto"
 
     config.init_from = ""  # a workdir or checkpoint whose EMA weights training starts from; needed by dcd
@@ -76,22 +74,22 @@ def default() -> ConfigDict:
     config.algo.schedule = "log_linear"  # alpha_t: log_linear | cosine
     config.algo.eps = 1e-3  # alpha at t = 1
     config.algo.eps_t = 1e-3  # smallest t drawn in training and evaluation
-    config.algo.gamma_min = config_dict.placeholder(float)  # range of gamma_t; empty: found from alpha_max, alpha_min
+    config.algo.gamma_min = config_dict.placeholder(float)  # range of gamma_t; empty: from alpha_max, alpha_min
     config.algo.gamma_max = config_dict.placeholder(float)
     config.algo.alpha_max = 0.945
     config.algo.alpha_min = 0.049
     config.algo.operator = "exact"  # T(gamma): exact | series | sigmoid | sigmoid-edge-corrected | poly3 | 5 | 7 | 9
     config.algo.d3pm_steps = 1_000  # T of D3PM's chain
 
-    config.algo.curriculum = ConfigDict()  # of duo
+    config.algo.curriculum = ConfigDict()  # for duo
     config.algo.curriculum.kind = "full"  # full: the whole softmax (paper I) | topk: its k largest entries (paper II)
     config.algo.curriculum.start = 0  # steps between which tau anneals
     config.algo.curriculum.end = 500_000  # from here on the discrete NELBO
     config.algo.curriculum.tau_log10_start = -3.0
     config.algo.curriculum.tau_log10_end = -3.0
-    config.algo.curriculum.k = 5  # of topk
+    config.algo.curriculum.k = 5  # for topk
 
-    config.algo.distillation = ConfigDict()  # of dcd
+    config.algo.distillation = ConfigDict()  # for dcd
     config.algo.distillation.dt = "doubling"  # doubling: 2^round / T | linear: from dt_start to dt_end over all steps
     config.algo.distillation.round_length = 10_000  # steps after which the teacher is renewed
     config.algo.distillation.n_steps = 512  # T
@@ -101,7 +99,7 @@ def default() -> ConfigDict:
     config.algo.distillation.teacher = "ema"  # what the teacher becomes at each round: ema | student
 
     config.model = ConfigDict()
-    config.model.size = "small"  # nano | tiny | small | medium; the four below override what the size says
+    config.model.size = "small"  # nano | tiny | small | medium; the four below override it
     config.model.dim = config_dict.placeholder(int)
     config.model.blocks = config_dict.placeholder(int)
     config.model.heads = config_dict.placeholder(int)
@@ -109,30 +107,30 @@ def default() -> ConfigDict:
     config.model.length = 1024  # tokens in a row, BOS and EOS included
     config.model.dropout = 0.1  # on the two residual branches of every block
     config.model.attention = "auto"  # auto | xla | cudnn
-    # MiB for a chunk of logits on a device, as the vocabulary is visited in chunks; empty: 160 on a CPU, whose caches like
-    # it small, and a thirty-second of an accelerator's memory
+    # MiB of logits that a device computes at once; empty: 160 on a CPU, so that they fit its caches, and 1/32 of the memory
+    # of an accelerator
     config.model.head_mib = config_dict.placeholder(int)
-    # What the backward pass computes anew to save memory: none | dots (all but matrix products) | blocks (all but what goes
-    # from block to block)
+    # What the backward pass recomputes to save memory: none | dots (all but matrix products) | blocks (all but the inputs
+    # of the blocks)
     config.model.remat = "none"
-    config.model.scan = False  # blocks as one loop: compiles in the time of one block
+    config.model.scan = False  # the blocks as one loop, which compiles in the time of one block
 
     config.data = ConfigDict()
     config.data.source = "wiki"  # wiki | text | openwebtext | lm1b
     config.data.path = ""  # local files for `text`, or a local copy of a hub data set
-    config.data.field = "text"  # what its .jsonl or .parquet rows call the text
-    # gpt2 | bert-base-uncased | bpe (trained on the training split) | a path: of a run's WORKDIR/tokenizer, of a
-    # tokenizer.json of Hugging Face (byte-level BPE or word pieces), of another BERT vocab.txt
+    config.data.field = "text"  # the text's field in its .jsonl or .parquet rows
+    # gpt2 | bert-base-uncased | bpe (trained on the training split) | a path: a run's WORKDIR/tokenizer, a Hugging Face
+    # tokenizer.json (byte-level BPE or word pieces), or another BERT vocab.txt
     config.data.tokenizer = "gpt2"
     config.data.bpe_size = 512  # vocabulary of `bpe`, special tokens included
-    config.data.dir = "data"  # where token shards are kept, one folder a data set
-    config.data.packing = "packed"  # packed: documents joined and cut | padded: one document a row
+    config.data.dir = "data"  # where token shards are kept, one folder per data set
+    config.data.packing = "packed"  # packed: documents joined and cut | padded: one document per row
     config.data.workers = 0  # grain worker processes; 0 reads in threads
 
     config.train = ConfigDict()
     config.train.steps = 1_000_000
-    config.train.batch_size = 512  # rows of a step, over all devices
-    config.train.accumulate = 1  # parts in which a step's rows are computed one after the other, to save memory
+    config.train.batch_size = 512  # rows per step, over all devices
+    config.train.accumulate = 1  # parts into which a step's rows are split, computed one after the other to save memory
     config.train.lr = 3e-4
     config.train.warmup = 2_500  # steps of linear warm-up, constant afterwards
     config.train.beta1 = 0.9
@@ -147,35 +145,35 @@ def default() -> ConfigDict:
     config.eval.every = 10_000  # 0: only at the end
     config.eval.batch_size = 512
     config.eval.batches = 0  # held-out batches to evaluate; 0: all of them
-    # Draws of times and noise for each batch. A diffusion network's bound is noisy: that of 84,000 tokens, drawn once, by
-    # about 0.03 nats, which 16 draws make 0.008. `ar` is exact. Reports tell the noise if there is more than one.
+    # Draws of times and noise per batch. A diffusion network's bound is noisy: over 84,000 tokens by about 0.03 nats with
+    # one draw and 0.008 with 16. `ar` is exact. With two draws or more, reports state the noise.
     config.eval.draws = 1
-    # Of mode = eval, zero-shot: the whole of a text of any origin (a file or folder) in place of the run's held-out split
+    # For mode = eval: evaluate on all of this text (a file or folder; zero-shot) instead of the run's held-out split
     config.eval.path = ""
-    config.eval.field = "text"  # what its .jsonl or .parquet rows call the text
+    config.eval.field = "text"  # the text's field in its .jsonl or .parquet rows
     config.eval.detokenizer = "none"  # none | ptb | wikitext | lm1b | lambada | scientific_papers
-    config.eval.document_ends = True  # put EOS after each of its documents; published zero-shot figures are without
+    config.eval.document_ends = True  # put EOS after each of its documents; published zero-shot figures do not
 
     config.sample = ConfigDict()
     config.sample.every = 10_000  # 0: only at the end
     config.sample.n_steps = 128
     config.sample.batch_size = 4  # texts sampled together; bounds the memory
-    config.sample.num = 0  # texts in all, of mode = sample; 0: one batch
+    config.sample.num = 0  # for mode = sample: texts in all; 0: one batch
     config.sample.length = config_dict.placeholder(int)  # empty: the network's length; longer texts grow in strides
-    config.sample.stride = 0  # new tokens a window of such a text; 0: half the network's length
+    config.sample.stride = 0  # new tokens per window of such a text; 0: half the network's length
     config.sample.sampler = "ancestral"  # ancestral | psi | ancestral_cache | analytic | autoregressive
     config.sample.noise_removal = "ancestral"  # ancestral | greedy | none
     config.sample.top_p = 1.0  # nucleus: a token is kept if the probabilities above its own sum to at most this
-    config.sample.temperature = 1.0  # below 1 makes probable tokens more so
+    config.sample.temperature = 1.0  # below 1 makes probable tokens more probable
     config.sample.prompt = ""  # how the texts begin
-    config.sample.negative_prompt = ""  # of mode = sample: what guidance leads away from instead of no prompt
-    config.sample.trajectory = False  # of mode = sample: write the tokens after every step, too
-    config.sample.infill = ""  # a text with gaps, ___, to be filled
-    config.sample.guidance = 1.0  # of mode = sample: lead away from what is said without the prompt; 1: not at all
-    config.sample.early_stop = 0  # steps without a change after which a uniform-state text is finished; 0: never
+    config.sample.negative_prompt = ""  # for mode = sample: guidance leads away from this instead of from no prompt
+    config.sample.trajectory = False  # for mode = sample: also write the tokens after every step
+    config.sample.infill = ""  # a text with gaps to fill, each written ___
+    config.sample.guidance = 1.0  # for mode = sample: above 1 leads away from predictions without the prompt; 1: off
+    config.sample.early_stop = 0  # a uniform-state text is finished after this many steps without a change; 0: never
     config.sample.seed = 0
 
-    config.sample.psi = ConfigDict()  # of psi: kappa modes, as in max-capped-0.02; see docs/sampling.md
+    config.sample.psi = ConfigDict()  # for psi: kappa modes such as max-capped-0.02; see docs/sampling.md
     config.sample.psi.high = "max-capped-0.02"
     config.sample.psi.middle = "max-capped-0.02"
     config.sample.psi.low = "max-capped-0.02"
@@ -185,12 +183,12 @@ def default() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 5_000
-    config.checkpoint.keep = 2  # the newest so many; older ones are deleted
+    config.checkpoint.keep = 2  # number of newest checkpoints to keep; older ones are deleted
 
     config.distributed = False  # several hosts: each runs the same command, and JAX finds the others (README)
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that split the batch; -1: all that are left
+    config.mesh.data = -1  # devices that split the batch; -1: all the remaining ones
     config.mesh.fsdp = 1  # devices that also split parameters, EMA and optimizer state
     return config
 
@@ -206,19 +204,19 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[st
     return flat
 
 
-def _differences(old: Mapping[str, Any], new: ConfigDict) -> dict[str, str]:
-    """Returns `{key: "config.key was A, is B"}`; a setting that the checkpoint's version did not know had its default."""
+def _differences(old: Mapping[str, Any], new: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Returns `{key: (before, after)}`; a setting that the version of `old` did not have counts as its default."""
     before, after = flatten(default()) | flatten(old), flatten(new)
     return {
-        key: f"config.{key} was {before.get(key)}, is {after.get(key)}"
+        key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     }
 
 
 def changed(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
-    """Returns `"config.name was A, is B"` for each setting that a run resuming a checkpoint of `old` may not change."""
-    differences = _differences(old, new)
+    """Returns `"config.name was A, is B"` for each setting that must not change when a checkpoint of `old` is resumed."""
+    differences = {key: f"config.{key} was {a}, is {b}" for key, (a, b) in _differences(old, new).items()}
     refused = [
         text
         for key, text in differences.items()
@@ -229,13 +227,17 @@ def changed(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
     return refused
 
 
-def told(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
-    """Returns the same for each setting that it may change, but that changes what is learnt from there."""
-    return [text for key, text in _differences(old, new).items() if key in TOLD_ON_RESUME]
+def announced(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
+    """Returns `"config.name changes from A to B"` for each setting that may change, but changes what is learnt."""
+    return [
+        f"config.{key} changes from {before} to {after}"
+        for key, (before, after) in _differences(old, new).items()
+        if key in ANNOUNCED_ON_RESUME
+    ]
 
 
 def check_names(config: Any) -> None:
-    """Raises UserError unless a config has all settings, and no others, of which most are slips of the pen."""
+    """Raises UserError if a config lacks a setting or has one that does not exist, usually a typing mistake."""
     known = flatten(default()).keys()
     has = flatten(config).keys() if isinstance(config, ConfigDict) else set()
     if strange := sorted(has - known):
@@ -247,7 +249,7 @@ def check_names(config: Any) -> None:
         raise UserError(f"the config lacks {', '.join(missing[:3])}; start from duo_jax.config.default().")
 
 
-# What those settings may be that are names of something.
+# The allowed values of the settings that are names.
 _CHOICES = {
     "mode": MODES,
     "precision": PRECISIONS,
@@ -264,7 +266,7 @@ _CHOICES = {
     "sample.sampler": SAMPLERS,
     "sample.noise_removal": NOISE_REMOVALS,
 }
-# What numbers must be, where they are not left empty, in code and in words.
+# The allowed ranges of numbers, in code and in words; an empty setting is always allowed.
 _RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (lambda x: x >= 1, "it must be at least 1", (
         "train.steps", "train.batch_size", "train.accumulate", "train.log_every", "eval.batch_size", "eval.draws",
@@ -283,15 +285,15 @@ _RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (lambda x: 0 < x < 1, "it must be strictly between 0 and 1", ("algo.eps", "algo.eps_t")),
     (lambda x: x > 0, "it must be positive", ("train.lr", "train.clip", "train.adam_eps", "sample.temperature")),
     (lambda x: 0 < x <= 1, "it must be in (0, 1], where 1 keeps every token", ("sample.top_p",)),
-    (lambda x: x == -1 or x > 0, "give a number of devices, or -1 for all that are left", ("mesh.data",)),
+    (lambda x: x == -1 or x > 0, "give a number of devices, or -1 for all the remaining ones", ("mesh.data",)),
 )  # fmt: skip
 
 
 def check(config: ConfigDict) -> None:
-    """Checks what can be checked without data or devices.
+    """Checks all that can be checked without data or devices.
 
     Raises:
-        UserError: one sentence about the first name or value that cannot work.
+        UserError: a name or value cannot work.
     """
     check_names(config)
     flat = flatten(config)
@@ -301,19 +303,19 @@ def check(config: ConfigDict) -> None:
     for name, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config.{name} is {value}; it must be a finite number.")
-    for fits, told, names in _RANGES:
+    for fits, advice, names in _RANGES:
         for name in names:
             if flat[name] is not None and not fits(flat[name]):
-                raise UserError(f"config.{name} is {flat[name]}; {told}.")
+                raise UserError(f"config.{name} is {flat[name]}; {advice}.")
     _check_together(config)
 
 
 def _check_together(config: ConfigDict) -> None:
-    """Raises UserError where a setting does not go with another."""
+    """Raises UserError if two settings contradict each other."""
     if config.train.batch_size % config.train.accumulate:
         raise UserError(
             f"config.train.batch_size = {config.train.batch_size} must be a multiple of config.train.accumulate = "
-            f"{config.train.accumulate}, the number of its parts."
+            f"{config.train.accumulate}, the number of parts it is split into."
         )
     distil = config.algo.distillation
     if distil.dt == "linear" and not 0 < distil.dt_start <= distil.dt_end <= 1:
@@ -322,7 +324,7 @@ def _check_together(config: ConfigDict) -> None:
         )
     if config.algo.name == "d3pm" and config.algo.schedule != "log_linear":
         raise UserError(
-            f"config.algo.schedule is {config.algo.schedule!r}, but the chain of d3pm has alpha = 1 - t and no other; "
+            f"config.algo.schedule is {config.algo.schedule!r}, but the chain of d3pm is defined for alpha = 1 - t only; "
             "leave it at log_linear."
         )
     if config.sample.prompt and config.sample.infill:
@@ -337,17 +339,17 @@ def _check_together(config: ConfigDict) -> None:
             )
     if config.data.field != default().data.field and not config.data.path:
         raise UserError(
-            "config.data.field is set, but config.data.path is empty; give the text that it is about (for evaluation on a "
-            "text of its own there is config.eval.field)."
+            "config.data.field is set, but config.data.path is empty; give the path of the text that has this field (to "
+            "evaluate on another text, set config.eval.path and config.eval.field)."
         )
     if not config.eval.path:
         usual = flatten(default().eval)
         if idle := [key for key in ("field", "detokenizer", "document_ends") if config.eval[key] != usual[key]]:
             raise UserError(
-                f"config.eval.{idle[0]} is set, but config.eval.path is empty; give the text that it is about."
+                f"config.eval.{idle[0]} is set, but config.eval.path is empty; give the path of the text it applies to."
             )
     if config.algo.curriculum.end < config.algo.curriculum.start:
-        raise UserError("config.algo.curriculum.end lies before config.algo.curriculum.start; give steps in order.")
+        raise UserError("config.algo.curriculum.end is before config.algo.curriculum.start; give the steps in order.")
     if config.mode == "train" and config.algo.name == "dcd" and not config.init_from:
         raise UserError(
             "config.algo.name is 'dcd', which distils a trained network; give its workdir as config.init_from."

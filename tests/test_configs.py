@@ -131,15 +131,15 @@ def test_what_a_resumed_run_may_change():
     new = config_lib.default()
     new.train.steps, new.sample.n_steps, new.mode = 5, 1, "eval"
     assert config_lib.changed(old.to_dict(), new) == []
-    assert config_lib.told(old.to_dict(), new) == []
+    assert config_lib.announced(old.to_dict(), new) == []
     new.train.lr, new.train.warmup, new.train.ema, new.data.source = 1e-5, 9, 0.5, "text"
     assert config_lib.changed(old.to_dict(), new) == [
         "config.data.source was wiki, is text",
         "config.train.ema was 0.9999, is 0.5",
     ]
-    assert config_lib.told(old.to_dict(), new) == [
-        "config.train.lr was 0.0003, is 1e-05",
-        "config.train.warmup was 2500, is 9",
+    assert config_lib.announced(old.to_dict(), new) == [
+        "config.train.lr changes from 0.0003 to 1e-05",
+        "config.train.warmup changes from 2500 to 9",
     ]
     # A checkpoint from before a setting existed had its default.
     before = old.to_dict()

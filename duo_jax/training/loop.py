@@ -131,8 +131,8 @@ def resume(config: ConfigDict, run: Run, checkpoints: Checkpoints, jitted: Jitte
     state, data = checkpoints.restore(latest, jitted.shapes)
     run.batches.set_state(data)
     run.say(f"Resuming from the checkpoint of step {latest:,} in {checkpoints.folder}.")
-    if told := config_lib.told(record["config"], config):
-        run.say(f"From here on {'; '.join(told)}.")
+    for change in config_lib.announced(record["config"], config):
+        run.say(f"{change} at this step.")
     return state
 
 
