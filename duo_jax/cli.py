@@ -1,4 +1,4 @@
-"""The command line's manners: `--config=FILE --config.name=value`, and one clear line for a mistake."""
+"""The command line: flags `--config=FILE --config.name=value`, one clear line per mistake, and memory settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from duo_jax.errors import UserError, out_of_memory
 
 
 def _load(path: str) -> ConfigDict:
-    """Returns the config that a file's `get_config()` gives."""
+    """Returns what `get_config()` in a file returns."""
     if not Path(path).is_file():
         found = sorted(str(p) for p in Path("configs").glob("*.py"))
         hint = f"there are {', '.join(found)}" if found else "give the path of a file like configs/quickstart.py"
@@ -37,7 +37,7 @@ def _load(path: str) -> ConfigDict:
             f"--config={path} is not a Python file; give one with get_config(), like configs/quickstart.py."
         )
     module = importlib.util.module_from_spec(spec)
-    sys.path.append(str(Path(path).resolve().parent.parent))  # so that one recipe can start from another in its folder
+    sys.path.append(str(Path(path).resolve().parent.parent))  # so that a recipe can import another one of its folder
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
@@ -51,7 +51,7 @@ def _load(path: str) -> ConfigDict:
 
 
 def _check_names(argv: list[str], config: ConfigDict) -> None:
-    """Refuses `--config.a.b=...` of a name that the config does not have, with the nearest that it has, and `--a.b=...`."""
+    """Raises UserError for `--config.a.b=...` if the config lacks a.b, naming the nearest setting, and for `--a.b=...`."""
     known = config_lib.flatten(config)
     for arg in argv:
         name = arg.lstrip("-").split("=", 1)[0]
@@ -84,15 +84,16 @@ def parse(argv: list[str]) -> list[str]:
     """Parses the flags that `run` defines.
 
     Raises:
-        UserError: an unknown flag (with the nearest name), a value of the wrong type, a stray word, a missing file.
+        UserError: an unknown flag (the message has the nearest name), a value of the wrong type, a stray word, or a missing
+            file.
     """
     paths = [arg.split("=", 1)[1] for arg in argv if arg.lstrip("-").startswith("config=")]
     paths += [b for a, b in itertools.pairwise(argv) if a.lstrip("-") == "config"]
     helping = any(arg.lstrip("-") in ("help", "helpshort", "helpfull") for arg in argv)
     if helping:
-        told = config_lib.flatten(_load(paths[-1]) if paths else config_lib.default())
-        print("Settings, given as --config.NAME=VALUE; duo_jax/config.py tells what each is.\n")
-        print("\n".join(f"  {name} = {value!r}" for name, value in told.items()), end="\n\n")
+        settings = config_lib.flatten(_load(paths[-1]) if paths else config_lib.default())
+        print("Settings, given as --config.NAME=VALUE; duo_jax/config.py describes each.\n")
+        print("\n".join(f"  {name} = {value!r}" for name, value in settings.items()), end="\n\n")
     elif paths:
         _check_names(argv, _load(paths[-1]))
     else:
@@ -100,38 +101,38 @@ def parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         for python, plain in (("invalid literal for int() with base 10:", "a whole number is needed, not"),
                               ("could not convert string to float:", "a number is needed, not")):  # fmt: skip
-            told = told.replace(python, plain)
-        raise UserError(told) from error
+            message = message.replace(python, plain)
+        raise UserError(message) from error
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = absl_logging.WARNING  # at absl's usual INFO, Orbax tells of every file it writes
+        flags.FLAGS.verbosity = absl_logging.WARNING  # at absl's default, INFO, Orbax logs every file that it writes
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; settings are given as --config.name=value.")
     return rest
 
 
 def given() -> set[str] | None:
-    """Returns which settings the command line gives, such as `train.steps`; None where there is no command line."""
+    """Returns the names of the settings on the command line, such as `train.steps`; None without a command line."""
     if not flags.FLAGS.is_parsed() or "config" not in flags.FLAGS:
         return None
     return set(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def keep_memory() -> None:
-    """Makes JAX on a CPU sparing with memory, and no slower; to be called before JAX starts its backend.
+    """Makes JAX use less memory on a CPU, and no more time. Call it before JAX starts its backend.
 
-    On a CPU each queued step holds its scratch memory from the moment it is asked for, and is no sooner done for it: steps
-    are taken one by one there. Accelerators are not concerned.
+    Turns off asynchronous dispatch on a CPU: a queued step holds its scratch memory while it waits, and finishes no sooner.
+    Accelerators keep asynchronous dispatch.
 
-    On glibc, freed memory is kept, in one arena, instead of being handed back to the kernel: XLA asks for its scratch memory
-    anew at every call, and glibc would map blocks of that size afresh each time. A training step of 76 MB took 21,000 page
-    faults, a quarter of its time. Where there may be an accelerator, whose memory is not glibc's, the many threads
-    that compile for it might only wait for that arena.
+    With glibc, keeps freed memory in one arena instead of returning it to the kernel. XLA allocates its scratch memory
+    anew at every call, and glibc would map blocks of that size again each time: a training step of 76 MB took 21,000 page
+    faults, a quarter of its time. This is left out if there may be an accelerator: its memory is not glibc's, and the many
+    threads that compile for it would wait for that one arena.
     """
     os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
-    if "jax" in sys.modules:  # it has read its environment already
+    if "jax" in sys.modules:  # then it has already read its environment
         sys.modules["jax"].config.update("jax_cpu_enable_async_dispatch", False)
     if platform.libc_ver()[0] != "glibc" or _may_be_accelerated():
         return
@@ -142,32 +143,32 @@ def keep_memory() -> None:
 
 
 def _may_be_accelerated() -> bool:
-    """Whether JAX may find an accelerator, as far as can be told before it looks: support is installed and not ruled out."""
+    """Whether JAX may find an accelerator: support for one is installed and JAX_PLATFORMS does not rule it out."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
     return any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
 
 
 def release_memory() -> None:
-    """Gives back what glibc keeps free, as when a compiler is done with its work; elsewhere than on glibc does nothing."""
+    """Returns freed memory to the kernel, as after compiling; does nothing without glibc."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def named(flag: str, values: list[str]) -> dict[str, str]:
-    """Returns `{NAME: PLACE}` of a flag's values `NAME=PLACE`, or `PLACE`, whose name is then its last part.
+    """Returns `{NAME: PLACE}` for a flag's values `NAME=PLACE`; a value `PLACE` gets its last part as the name.
 
     Raises:
-        UserError: two have one name.
+        UserError: two values have the same name.
     """
     places = dict(value.split("=", 1) if "=" in value else (Path(value).name, value) for value in values)
     if len(places) < len(values):
-        raise UserError(f"two {flag} have one name; name them apart, as in {flag} before=... {flag} after=....")
+        raise UserError(f"two {flag} have the same name; rename one, as in {flag} before=... {flag} after=....")
     return places
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """An argument parser that reports a mistake in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
@@ -176,13 +177,13 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Prints the package's log lines plainly, and turns a `UserError` inside into one line and exit status 2."""
+    """Prints the package's log without time stamps, and turns a `UserError` inside into one line and exit status 2."""
     plain = logging.StreamHandler()
     plain.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("duo_jax")
     ours.setLevel(logging.INFO)
     ours.addHandler(plain)
-    ours.propagate = False  # absl would print it once more, behind its time stamp
+    ours.propagate = False  # absl would print each line again, with a time stamp
     try:
         yield
     except UserError as error:
@@ -201,22 +202,22 @@ def _memory_advice(error: RuntimeError) -> UserError:
     asked = re.search(r"allocat\w+ (\d+) bytes", str(error))
     size = f"; {int(asked[1]) / 2**30:.1f} GiB more were asked for" if asked else ""
     return UserError(
-        f"the device's memory is full{size}. In training take config.train.accumulate=2 or more, config.model.remat=blocks "
-        "with config.model.scan=True, a smaller config.model.head_mib or config.train.batch_size; elsewhere a smaller "
+        f"the device's memory is full{size}. For training, set config.train.accumulate=2 or more, config.model.remat=blocks "
+        "with config.model.scan=True, or a smaller config.model.head_mib or config.train.batch_size; otherwise a smaller "
         "config.eval.batch_size or config.sample.batch_size. A run goes on from its last checkpoint with the same command; "
-        "python -m benchmarks.memory tells which batch fits."
+        "python -m benchmarks.memory computes which batch fits."
     )
 
 
 def run(main: Callable[..., int | None], *, workdir: bool = False) -> None:
-    """Parses the command line and calls `main(config)`, or `main(config, workdir)` where `workdir` is asked for.
+    """Parses the command line and calls `main(config)`, or `main(config, workdir)` if `workdir` is set.
 
-    A `UserError` anywhere below becomes one line on standard error and exit status 2. Where `main` returns the number of a
-    signal that it heeded, the exit status is 128 more, as that of a process which the signal ended.
+    A `UserError` anywhere below becomes one line on standard error and exit status 2. If `main` returns the number of a
+    signal that stopped it, the exit status is 128 plus that number, as if the signal had ended the process.
     """
     config_flags.DEFINE_config_file("config", None, "The recipe: a Python file with get_config().", lock_config=True)
     if workdir:
-        flags.DEFINE_string("workdir", None, "Where checkpoints, logs, plots and samples of this run are kept.")
+        flags.DEFINE_string("workdir", None, "The folder for checkpoints, logs, plots and samples of this run.")
 
     def parse_or_exit(argv: list[str]) -> list[str]:
         try:

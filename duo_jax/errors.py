@@ -1,10 +1,10 @@
-"""The one exception for what a user can put right: a wrong flag, a missing file, a batch that does not divide."""
+"""The one exception for mistakes that a user can correct: a wrong flag, a missing file, a batch that does not divide."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in the input, told in one sentence: what is wrong and what to do.
+    """A mistake in the input; its message is one sentence that says what is wrong and what to do.
 
     Library code raises it; the command line prints its text as one line, without a traceback, and exits with status 2.
     """
@@ -16,5 +16,5 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of what an exception says, or its name where it says nothing."""
+    """Returns the first line of an exception's message, or its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""What programs are made for: the device that is here, or one that is not and is only compiled for."""
+"""The hardware that programs are compiled for: the present device, or an absent one for which they are only compiled."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What a program's settings depend on.
+    """The properties of a device that a program's settings depend on.
 
     Attributes:
-        platform: `cpu`, `gpu`, `tpu`, as JAX names them.
+        platform: `cpu`, `gpu` or `tpu`, as JAX names them.
         compute_capability: of an NVIDIA GPU, such as 7.5 for a T4; 0 for anything else.
-        memory: bytes that JAX may take; None where it does not tell.
+        memory: bytes that JAX may use; None if it does not report them.
     """
 
     platform: str
@@ -29,46 +29,44 @@ class Hardware:
     memory: int | None = None
 
 
-_absent: Hardware | None = None
-_agreed: Hardware | None = None
-_UNTOLD = -1
+_absent: Hardware | None = None  # set by `compiling_for`
+_agreed: Hardware | None = None  # set by `agree`
+_UNKNOWN = -1
 
 
 def present() -> Hardware:
-    """Returns what the default device is, or what `compiling_for` says that it be, or what processes have agreed on."""
+    """Returns the hardware set by `compiling_for`, else what the processes have agreed on, else the default device."""
     if _absent is not None:
         return _absent
     return _agreed or _own()
 
 
 def agree() -> None:
-    """Makes all processes compile for the least memory that one of them has; to be called by all of them at one point.
+    """Makes all processes compile for the least memory among them. All must call it at the same point.
 
-    They agree once; another call changes nothing.
-
-    Programs are made for a device's memory (`models.network.chunk_budget`). Processes whose programs differ would wait for
-    each other for ever.
+    Programs depend on the device's memory (`models.network.chunk_budget`), and processes whose programs differ would wait
+    for each other for ever. Only the first call has an effect.
     """
     global _agreed
     if jax.process_count() == 1 or _agreed is not None:
         return
     own = _own()
-    told = multihost_utils.process_allgather(np.int32(_UNTOLD if own.memory is None else own.memory // _MIB))
-    _agreed = dataclasses.replace(own, memory=None if _UNTOLD in told else int(told.min()) * _MIB)
+    mib = multihost_utils.process_allgather(np.int32(_UNKNOWN if own.memory is None else own.memory // _MIB))
+    _agreed = dataclasses.replace(own, memory=None if _UNKNOWN in mib else int(mib.min()) * _MIB)
 
 
 def _own() -> Hardware:
     device = jax.local_devices()[0]
     named = str(getattr(device, "compute_capability", ""))
-    capability = float(named) if re.fullmatch(r"\d+(\.\d+)?", named) else 0.0  # AMD's have names, as gfx942
+    capability = float(named) if re.fullmatch(r"\d+(\.\d+)?", named) else 0.0  # AMD's are names, such as gfx942
     return Hardware(device.platform, capability, (device.memory_stats() or {}).get("bytes_limit"))
 
 
 @contextlib.contextmanager
 def compiling_for(hardware: Hardware) -> Iterator[None]:
-    """Makes programs for hardware that is not here, as long as the block runs: they can be compiled, not run.
+    """While the block runs, programs are made for the given hardware: they can be compiled, but not run.
 
-    What JAX has traced before it does not trace anew, so this belongs in a process that has made no program yet.
+    JAX does not retrace what it has already traced, so use this in a process that has not traced these programs before.
     """
     global _absent
     before, _absent = _absent, hardware

@@ -8,8 +8,8 @@ from duo_jax import cli
 
 
 def main(config: ConfigDict, workdir: str) -> int | None:
-    """Does what `config.mode` says; returns the number of the signal that stopped it, or None."""
-    from duo_jax import modes  # the libraries behind it take seconds, which a mistyped flag need not wait for
+    """Runs the mode `config.mode`; returns the number of the signal that stopped it, or None."""
+    from duo_jax import modes  # imported late: its libraries take seconds to load, and a mistyped flag should not wait
 
     return modes.run(config, workdir)
 

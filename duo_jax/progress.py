@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 
 class _Lines:
-    """A log file has no cursor to send back: each state of the bar is a line of its own there."""
+    """A stream for a log file, which has no cursor to move back: each state of the bar becomes a line of its own."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        """Writes a bar's state, if it is not just blanks, as a line."""
+        """Writes a bar's state as a line, unless it is blank."""
         text = text.strip("\r\n ")
         if text:
             self._stream.write(text + "\n")
@@ -32,18 +32,20 @@ def bar(**kwargs: Any) -> tqdm:
     """Returns a `tqdm` bar with rate and ETA: drawn in place on a terminal, a line every 15 seconds elsewhere."""
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, **kwargs)
-    # All at one position: to draw a bar below another, tqdm would send the cursor up and down.
+    # All bars share position 0: otherwise tqdm would move the cursor to draw one bar below another.
     return tqdm(file=_Lines(sys.stderr), mininterval=15, maxinterval=15, ncols=100, ascii=True, position=0, **kwargs)
 
 
 def passing(items: Iterable[Any], total: int, what: str, *, unit: str, show: bool) -> tqdm:
-    """Returns the items with a bar that is gone when they are: for what may be quick, also while another bar is shown.
+    """Returns an iterator over the items with a bar that appears after a second and disappears at the end.
+
+    It may run while another bar is shown.
 
     Args:
-        items: what to go through.
-        total: how many they are.
-        what: is done with them.
-        unit: their name in the plural, after a space.
+        items: to iterate over.
+        total: the number of items.
+        what: the bar's label.
+        unit: the items' name in the plural, after a space.
         show: whether this process shows bars.
     """
     return bar(iterable=items, total=total, desc=what, unit=unit, leave=False, delay=1, disable=not show)
@@ -82,6 +84,6 @@ def hear_of(steps: Any, _: Any) -> None:
 
 
 def say(text: str = "") -> None:
-    """Prints a line without cutting through a bar."""
+    """Prints a line without breaking a bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
