@@ -339,11 +339,13 @@ def _bar(
             bar.set_postfix_str(f"{finished:,} of {number:,} texts", refresh=False)
 
     with contextlib.ExitStack() as stack:
-        tells = stack.enter_context(progress_lib.turn(shown and mesh is None and jax.local_device_count() == 1))
+        tells = stack.enter_context(
+            progress_lib.own_step_reports(shown and mesh is None and jax.local_device_count() == 1)
+        )
         unit = " steps" if tells else " texts"
         bar = stack.enter_context(progress_lib.bar(total=0, desc="sampling", unit=unit, disable=not shown))
         if tells:
-            progress_lib.hear(bar.update)
+            progress_lib.listen(bar.update)
         yield tells, planned, came
         if tells:
             jax.effects_barrier()

@@ -51,34 +51,34 @@ def passing(items: Iterable[Any], total: int, what: str, *, unit: str, show: boo
     return bar(iterable=items, total=total, desc=what, unit=unit, leave=False, delay=1, disable=not show)
 
 
-_turn = threading.Lock()
+_owned = threading.Lock()
 _listener: Callable[[int], Any] | None = None
 
 
 @contextlib.contextmanager
-def turn(wanted: bool) -> Iterator[bool]:
-    """Gives whether this block's programs may tell of their steps, if that is wanted: those of one block at a time may.
+def own_step_reports(wanted: bool) -> Iterator[bool]:
+    """Yields True if `wanted` and no other block owns the step reports; this block then owns them until it ends.
 
-    All of them call the same function, which could not say whose step it was.
+    One block at a time, because all compiled programs call the same `report_steps`, which cannot tell them apart.
     """
     global _listener
-    mine = wanted and _turn.acquire(blocking=False)
+    owner = wanted and _owned.acquire(blocking=False)
     try:
-        yield mine
+        yield owner
     finally:
-        if mine:
+        if owner:
             _listener = None
-            _turn.release()
+            _owned.release()
 
 
-def hear(listener: Callable[[int], Any]) -> None:
-    """Has the listener called with numbers of steps, as they are taken, from now on; of the block whose turn it is."""
+def listen(listener: Callable[[int], Any]) -> None:
+    """From now on calls `listener(n)` whenever a program reports n more steps; for the owner of the reports."""
     global _listener
     _listener = listener
 
 
-def hear_of(steps: Any, _: Any) -> None:
-    """What a program calls back that tells of its steps: how many they are, and something that they made."""
+def report_steps(steps: Any, _: Any) -> None:
+    """The callback of compiled programs: the number of steps taken, and a value computed in them, which is ignored."""
     if (listener := _listener) is not None:
         listener(int(steps))
 

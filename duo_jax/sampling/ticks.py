@@ -21,5 +21,5 @@ def portions(steps: int) -> jax.Array:
 
 
 def tell(steps: jax.Array, made: jax.Array) -> None:
-    """Calls `progress.hear_of` with a number of steps that is not 0, once `made`, a scalar, has been computed."""
-    jax.lax.cond(steps > 0, lambda: jax.debug.callback(progress.hear_of, steps, made), lambda: None)
+    """Calls `progress.report_steps` if `steps` is not 0, once `made`, a scalar, has been computed."""
+    jax.lax.cond(steps > 0, lambda: jax.debug.callback(progress.report_steps, steps, made), lambda: None)
