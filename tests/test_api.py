@@ -53,7 +53,7 @@ def test_a_path_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(duo_jax.UserError, match="holds no checkpoint"):
         duo_jax.load(tmp_path)
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    with pytest.raises(duo_jax.UserError, match="no checkpoint"):
+    with pytest.raises(duo_jax.UserError, match="is not a checkpoint"):
         duo_jax.load(tmp_path / "checkpoints" / "5")
 
 

@@ -1,9 +1,8 @@
-"""Orbax checkpoints of everything a run is, and reading them back, whole or as a network alone.
+"""Orbax checkpoints of a run's whole state, read back to resume the run or as a network alone.
 
 A checkpoint `WORKDIR/checkpoints/STEP/` holds the items `params`, `ema`, `rest` (step, optimizer, key), `data` (position in
-the data) and `record` (config, network, and what else describes the run). It is written aside by a background thread and
-marked complete at the end, so a kill at any moment leaves the ones before it whole. The tokenizer lies in
-`WORKDIR/tokenizer/`.
+the data) and `record` (format, config and network). A background thread writes it under a temporary name and renames it at
+the end, so a kill at any moment leaves the earlier checkpoints whole. The tokenizer is in `WORKDIR/tokenizer/`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ FOLDER = "checkpoints"
 TOKENIZER = "tokenizer"
 FORMAT = 1
 
-# What a disk says that may be read at another time, or by another user.
+# Errors of a disk that may be readable at another time, or by another user.
 _PASSING = (
     errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE
 )  # fmt: skip
@@ -54,13 +53,13 @@ def _size(state: Any) -> int:
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint keeps beside the weights."""
+    """The parts of the state that a checkpoint keeps besides the weights."""
     names = ("step", "opt_state", "key", "teacher", "loss_scale")
     return {name: getattr(state, name) for name in names}
 
 
 def _of_orbax(error: BaseException) -> bool:
-    """Whether an error is of those with which Orbax says that it cannot read a file; some have no type of their own."""
+    """Whether an error is one that Orbax raises when it cannot read a file; some are a bare Exception."""
     return isinstance(error, OSError | KeyError | ValueError) or type(error) is Exception
 
 
@@ -84,7 +83,7 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each array by its place, spelled the same for a state and for what Orbax tells of a saved one."""
+    """Returns the shape of each array by its path, spelled alike for a state and for Orbax's metadata of a saved one."""
     flat = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in flat}
 
@@ -93,14 +92,14 @@ def _check_arrays(folder: Path, item: str, like: Any, *, but: str = "") -> dict[
     """Returns the shapes of an item's arrays.
 
     Raises:
-        UserError: they are not those of `like`, apart from what lies under the name `but`; or they cannot be read.
+        UserError: they differ from those of `like`, not counting arrays under the name `but`; or they cannot be read.
     """
     with _readable(folder):
         have = _shapes(ocp.StandardCheckpointHandler().metadata(folder / item).tree)
     different = sorted(dict(have.items() ^ _shapes(like).items()))
     if different := [name for name in different if not but or name.split(".")[0] != but]:
         raise UserError(
-            f"{folder} holds other arrays than this version of duo_jax has for its config ({item}: {different[0]}); go on "
+            f"{folder} holds other arrays than this version of duo_jax needs for its config ({item}: {different[0]}); go on "
             "with the version that wrote it, or use another --workdir."
         )
     return have
@@ -118,7 +117,7 @@ class Checkpoints:
         self.folder = Path(workdir).resolve() / FOLDER
         files.check_folder(self.folder)
         if jax.process_index() == 0:
-            # What a killed run was writing. Orbax would remove it in a thread, which fails where the program ends at once.
+            # Remove what a killed run was writing. Orbax would do it in a thread, which fails if the program ends at once.
             for leftover in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
@@ -129,7 +128,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def check_space(self, state: Any, number: int) -> None:
-        """Raises UserError if so many more checkpoints of `state` would not fit on the disk."""
+        """Raises UserError if the disk has no room for `number` more checkpoints of `state`."""
         need = number * _size(state)
         free = shutil.disk_usage(self.folder).free
         if free < need:
@@ -144,10 +143,10 @@ class Checkpoints:
         Args:
             state: saved under its step.
             data: the data iterator's position, JSON.
-            record: what describes the run, JSON; see `record`.
+            record: the description of the run, JSON; see `record`.
 
         Raises:
-            UserError: the disk is full (now, or when the last checkpoint was written).
+            UserError: the disk is full (now, or while the last checkpoint was written).
         """
         step = int(state.step)
         if step == self.latest():
@@ -160,7 +159,8 @@ class Checkpoints:
             record=ocp.args.JsonSave(record),
         )
         self.wait()
-        # Orbax, once it writes, tells of a full disk in hundreds of lines. Of several hosts none may give up alone.
+        # Checked here because Orbax reports a full disk in hundreds of lines; not with several hosts, because none may stop
+        # alone.
         if jax.process_count() == 1 and shutil.disk_usage(self.folder).free < _size(state):
             raise self._full()
         self._guard(lambda: self._manager.save(step, args=items))
@@ -171,10 +171,10 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state, placed as the shapes and shardings of `like` say, and the data position.
+        """Returns the state, with the shapes and shardings of `like`, and the data position.
 
-        A checkpoint of another compute type may lack the loss scale that is wanted, and a fresh one is made; or it has one
-        that is not wanted, and is left out.
+        A checkpoint of another compute type may lack the loss scale, and gets a fresh one; or it may have one that is not
+        needed, and is dropped.
 
         Raises:
             UserError: the checkpoint is damaged, or of another version.
@@ -204,11 +204,11 @@ class Checkpoints:
         return TrainState(params=got["params"], ema=got["ema"], **got["rest"]), got["data"]
 
     def wait(self) -> None:
-        """Returns when all that was saved is on the disk; raises what writing it raised."""
+        """Waits until all checkpoints are on the disk, and raises any error from writing them."""
         self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits, then lets go of the folder."""
+        """Waits as `wait` does, then closes the folder, also after an error."""
         try:
             self.wait()
         finally:
@@ -231,24 +231,24 @@ class Checkpoints:
 
 
 def record(config: ConfigDict, network: Network) -> dict[str, Any]:
-    """Returns what a checkpoint says of the run that wrote it, as JSON."""
+    """Returns the description of a run that its checkpoints keep, as JSON."""
     return {"format": FORMAT, "config": config.to_dict(), "network": dataclasses.asdict(network)}
 
 
 def is_converted(path: Path) -> bool:
-    """Whether a path is a folder of converted weights, in which no run keeps its checkpoints."""
+    """Whether a path is a folder of converted weights and not also a run's folder."""
     return not (path / FOLDER).is_dir() and convert.is_folder(path)
 
 
 def run_of(path: Path) -> Path | None:
-    """Returns the run whose folder of checkpoints, or of one of them, a path is; None if it is no such place."""
+    """Returns the run's folder if a path is, by its name, `RUN/checkpoints` or `RUN/checkpoints/STEP`; otherwise None."""
     if path.parent.name == FOLDER and path.name.isdigit():
         return path.parent.parent
     return path.parent if path.name == FOLDER else None
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's workdir, the folder of its checkpoints, or that of one of them."""
+    """Whether a path is a run's workdir, or by its name a folder `checkpoints` or `checkpoints/STEP`."""
     path = path.resolve()
     return run_of(path) is not None or (path / FOLDER).is_dir()
 
@@ -261,9 +261,9 @@ def steps(workdir: Path) -> list[int]:
 
 
 def find(path: str | Path) -> tuple[Path, int]:
-    """Returns the run's folder and the step that a path means: a workdir (its newest step) or a step's own folder.
+    """Returns the run's folder and the step for a path: a workdir (its newest step) or the folder of one step.
 
-    A folder of weights as `duo_jax.convert` writes it stands for itself, at the step that it tells.
+    A folder of converted weights is returned itself, with the step that its config states.
 
     Raises:
         UserError: there is no checkpoint at the path.
@@ -283,21 +283,21 @@ def find(path: str | Path) -> tuple[Path, int]:
 
 
 def load(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
-    """Returns the network of whatever holds one: see `duo_jax.load`, whose arguments these are.
+    """Returns the network at a path or of a name; the arguments are those of `duo_jax.load`.
 
     Raises:
-        UserError: there is none, it cannot be read, or `asked` tells what a run tells itself.
+        UserError: there is none, it cannot be read, or `asked` is given for a run, whose record has those facts.
     """
     path = convert.local(path_or_name)
     if not path.is_dir() or not is_run(path):
         return convert.read(path_or_name, ema=ema, **asked)
     if given := [name for name, value in asked.items() if value is not None]:
-        raise UserError(f"{path} is a run of duo_jax, which tells all of its network; leave out {', '.join(given)}.")
+        raise UserError(f"{path} is a run of duo_jax, which records its network; leave out {', '.join(given)}.")
     return read(path, ema=ema)[0]
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Returns the folder that holds what `find` found, whatever a run that goes on adds to its own in the meantime."""
+    """Returns the folder of the checkpoint or weights that `find` returned, even if the run has saved newer ones since."""
     return run if is_converted(run) else run / FOLDER / str(step)
 
 
@@ -309,7 +309,7 @@ def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]
         ema: the averaged weights rather than the last ones.
 
     Raises:
-        UserError: no checkpoint, or one that this version cannot read.
+        UserError: there is no checkpoint, or this version cannot read it.
     """
     workdir, step = find(path)
     if is_converted(workdir):
@@ -322,7 +322,7 @@ def read(path: str | Path, *, ema: bool = True) -> tuple[Params, dict[str, Any]]
             raise UserError(f"{folder} has format {about['format']}; this version of duo_jax reads format {FORMAT}.")
         network = Network(**about["network"])
     except (KeyError, TypeError, FileNotFoundError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is no checkpoint of duo_jax, or a damaged one: {error}.") from error
+        raise UserError(f"{folder} is not a checkpoint of duo_jax, or a damaged one: {error}.") from error
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run saves before it leaves."""
+"""Ctrl-C and SIGTERM: a run saves before it stops."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """Raised between two batches of an evaluation, which a signal ends."""
+    """Raised between two batches of an evaluation, to end it after a signal."""
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the loop can save and leave between two steps.
+    """Records SIGINT and SIGTERM, so that the loop can save and stop between two steps.
 
     Attributes:
-        number: the signal's number; None as long as there was none.
+        number: the signal's number; None before any signal.
     """
 
     def __init__(self) -> None:
@@ -34,28 +34,28 @@ class Interrupt:
 
     def _note(self, number: int, _: Any) -> None:
         if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
+            raise KeyboardInterrupt  # Ctrl-C after a signal stops at once
         self.number = number
 
     def agreed(self, step: int, every: int) -> bool:
-        """Whether to stop after this step: any process was told to. Several processes ask each other every so many steps."""
+        """Whether to stop after this step, because any process got a signal; several processes agree every `every` steps."""
         if jax.process_count() == 1:
             return self.alone()
         if step % every:
             return False
-        told = multihost_utils.process_allgather(np.asarray(self.number or 0))
-        self.number = self.number or int(told.max()) or None
-        return bool(told.any())
+        numbers = multihost_utils.process_allgather(np.asarray(self.number or 0))
+        self.number = self.number or int(numbers.max()) or None
+        return bool(numbers.any())
 
     def alone(self) -> bool:
-        """Whether this process was told to stop and need ask no other, which may be in the middle of something."""
+        """Whether this process got a signal and is the only one, so that it may stop without asking others."""
         return jax.process_count() == 1 and self.number is not None
 
     def between(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Yields items as long as this process may go on.
+        """Yields the items until a signal stops this process.
 
         Raises:
-            Stopped: it was told to stop, and is the only one.
+            Stopped: `alone` is true before an item.
         """
         for item in items:
             if self.alone():
@@ -64,38 +64,38 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Interrupt]:
-        """Handles the signals while the block runs, and puts the old handlers back.
+        """Handles the signals while the block runs, then restores the old handlers.
 
-        Off the main thread, where Python lets nobody handle signals, they are left to whoever does.
+        Does nothing outside the main thread, where Python allows no signal handlers.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        ear, mouth = socket.socketpair()
-        mouth.setblocking(False)
-        thread = threading.Thread(target=_tell, args=(ear,), daemon=True)
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        thread = threading.Thread(target=_announce, args=(receiver,), daemon=True)
         thread.start()
         old = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        fd = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         try:
             yield self
         finally:
             signal.set_wakeup_fd(fd)
             for number, handler in old.items():
                 signal.signal(number, handler)
-            mouth.close()
+            sender.close()
             thread.join()
-            ear.close()
+            receiver.close()
 
 
-def _tell(ear: socket.socket) -> None:
-    """Says that a signal came, the first time. Python handles signals between two operations only, and one may be minutes
-    of a sampler's work: a thread is told of them at once."""
-    told = False
-    while numbers := ear.recv(1):
-        if not told and numbers[0] in _SIGNALS:
-            told = True
+def _announce(receiver: socket.socket) -> None:
+    """Prints a line at the first signal, from a thread: Python's own handlers run only between two operations, and one
+    operation may be minutes of sampling."""
+    announced = False
+    while numbers := receiver.recv(1):
+        if not announced and numbers[0] in _SIGNALS:
+            announced = True
             name = signal.Signals(numbers[0]).name
             progress.say(
-                f"{name}: saves after what is being computed, and stops. Ctrl-C from now on stops without saving."
+                f"{name}: saves when the current computation is done, then stops. Ctrl-C from now on stops without saving."
             )

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
     """Returns `step -> lr`: linear from 0 over `config.warmup` steps, constant afterwards."""
-    # optax.linear_schedule computes it as a difference from the end, which is 4e-5 off in float32 at the first steps.
+    # Not optax.linear_schedule: it subtracts from the end value, which in float32 is off by 4e-5 at the first steps.
     return lambda step: config.lr * jnp.minimum(1.0, step / config.warmup) if config.warmup else config.lr
 
 

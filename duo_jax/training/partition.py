@@ -1,9 +1,9 @@
-"""Where arrays live: a mesh of devices with named axes, and the rule that splits state and batches over it.
+"""Sharding: a mesh of devices with named axes, and the rule that splits state and batches over it.
 
-The batch is split over both axes, `data` and `fsdp`. Over `fsdp`, parameters, EMA and optimizer state are split too, each
-along its largest axis that divides, and XLA gathers a layer's weights where it uses them. So it does for the vocabulary
-head: each device has all of it for the logits of its own rows, and only the gradient is summed over the devices, once a
-part of a step (`config.train.accumulate`; see `models.head.weighted_sum`). One device is a mesh of one.
+The batch is split over both axes, `data` and `fsdp`. Parameters, EMA and optimizer state are also split over `fsdp`, each
+along its largest axis that divides; XLA gathers a layer's weights where they are used. It gathers the vocabulary head too:
+each device computes the logits of its own rows with the whole head, and only the gradient is summed over the devices, once
+per part of a step (`config.train.accumulate`; see `models.head.weighted_sum`). One device is a mesh of one.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def create_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns how a batch is split: its rows over every device."""
+    """Returns the sharding of a batch: its rows are split over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -66,25 +66,25 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
-    """Raises UserError if the devices do not divide a batch, or each of the equal parts that it is computed in."""
+    """Raises UserError if the number of devices does not divide a batch, or each of the equal parts it is computed in."""
     if batch_size // parts % mesh.size:
         if parts > 1:
             raise UserError(
                 f"config.{name} is {batch_size}, in {parts} parts (config.train.accumulate) of {batch_size // parts} rows, "
-                f"which {mesh.size} devices do not divide; take fewer parts, or a larger batch."
+                f"which cannot be split evenly over {mesh.size} devices; set fewer parts, or a larger batch."
             )
         raise UserError(
-            f"config.{name} is {batch_size}, which {mesh.size} devices do not divide; "
-            f"{-(-batch_size // mesh.size) * mesh.size} would do."
+            f"config.{name} is {batch_size}, which cannot be split evenly over {mesh.size} devices; "
+            f"set it to {-(-batch_size // mesh.size) * mesh.size}, for example."
         )
 
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns the global batch on the mesh, made from the rows that this process has read."""
+    """Returns the global batch on the mesh, to which this process contributes the rows that it has read."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns a copy of a pytree on every device of the mesh; each process gives the same values."""
+    """Returns a copy of a pytree on every device of the mesh; all processes must pass the same values."""
     return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be one, and that no other process trains in it."""
+"""The folder of a run: checks that it can be one, and a lock so that only one process trains in it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LOCK = ".lock"
 
 
 def check(path: str | Path) -> Path:
-    """Returns the absolute path of a folder to train in, without touching it.
+    """Returns the absolute path of a folder to train in, without creating or changing it.
 
     Raises:
-        UserError: it is a folder of converted weights, which a run would spoil, or would be taken for a checkpoint.
+        UserError: it is a folder of converted weights, which a run would spoil, or it is named like a checkpoint folder.
     """
     folder = Path(path).expanduser().resolve()
     if checkpoint.is_converted(folder):
@@ -34,21 +34,21 @@ def check(path: str | Path) -> Path:
         )
     if (run := checkpoint.run_of(folder)) and not checkpoint.steps(folder):
         raise UserError(
-            f"{path} has the name of a place of checkpoints; give their run's own folder, --workdir={run}, or another name."
+            f"{path} is named like a checkpoint folder; give the run's own folder, --workdir={run}, or another name."
         )
     return folder
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Makes the folder, if need be, and keeps other processes from training in it while the block runs.
+    """Creates the folder if it is missing, and locks out other processes that would train in it while the block runs.
 
     Raises:
         UserError: it cannot be written, or another process trains in it.
     """
 
     def busy() -> None:
-        raise UserError(f"another process trains in {folder}; wait until it has ended, or give another --workdir.")
+        raise UserError(f"another process trains in {folder}; wait until it ends, or give another --workdir.")
 
     files.check_folder(folder)
     for name in (checkpoint.FOLDER, checkpoint.TOKENIZER, SAMPLES, TENSORBOARD):

@@ -1,6 +1,6 @@
-"""Where scalars and texts go: `metrics.jsonl` and TensorBoard, with the method names of `clu.metric_writers`.
+"""Writers of scalars and texts: `metrics.jsonl` and TensorBoard, with the method names of `clu.metric_writers`.
 
-So clu's own writers, which need TensorFlow, drop in where somebody has it.
+clu's own writers, which need TensorFlow, can therefore be used in their place.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class Writer(Protocol):
         ...
 
     def flush(self) -> None:
-        """Makes sure that everything is on the disk."""
+        """Writes everything to the disk."""
         ...
 
     def close(self) -> None:
-        """Flushes, and lets go of the files."""
+        """Flushes and closes the files."""
         ...
 
 
 class JsonlWriter:
-    """One JSON object a line: `{"step": 100, "loss": 3.2, ...}`."""
+    """Writes one JSON object per line: `{"step": 100, "loss": 3.2, ...}`."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Opens the file, and drops what a killed run wrote after `last_step`, which will be written again."""
+        """Opens the file and drops the lines after `last_step`, which a killed run wrote and this one will write again."""
         kept = [row for row in read_jsonl(path) if row["step"] <= last_step]
         aside = path.with_name(path.name + ".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -60,7 +60,7 @@ class JsonlWriter:
         """Does nothing: the config has a file of its own."""
 
     def flush(self) -> None:
-        """Hands what is buffered to the system."""
+        """Passes buffered lines to the operating system."""
         self._file.flush()
 
     def close(self) -> None:
@@ -69,13 +69,13 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """Event files for TensorBoard, by tensorboardX."""
+    """Writes event files for TensorBoard, with tensorboardX."""
 
     def __init__(self, folder: Path, last_step: int) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds one point to each curve."""
+        """Adds a point to each curve."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
@@ -90,11 +90,11 @@ class TensorBoardWriter:
         self._writer.add_text("config", f"|setting|value|\n|---|---|\n{rows}", 0)
 
     def flush(self) -> None:
-        """Writes what is queued."""
+        """Writes queued events."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Writes what is queued and closes the file."""
+        """Writes queued events and closes the file."""
         self._writer.close()
 
 
@@ -131,7 +131,7 @@ class MultiWriter:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file; a last line that a kill cut short is left out."""
+    """Returns the rows of a metrics file, without a last line that a kill cut short; none if there is no file."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -167,8 +167,11 @@ def test_of_tasks_that_failed_only_orbaxs_are_left_out():
     ("change", "message"),
     [
         (lambda about: about.update(format=2), "has format 2; this version of duo_jax reads format 1"),
-        (lambda about: about["network"].update(rotary="none"), "is no checkpoint of duo_jax, or a damaged one.*rotary"),
-        (lambda about: about.pop("network"), "is no checkpoint of duo_jax, or a damaged one"),
+        (
+            lambda about: about["network"].update(rotary="none"),
+            "is not a checkpoint of duo_jax, or a damaged one.*rotary",
+        ),
+        (lambda about: about.pop("network"), "is not a checkpoint of duo_jax, or a damaged one"),
     ],
 )
 def test_the_record_of_another_version_is_refused(trained, tmp_path, change, message):
@@ -190,7 +193,7 @@ def test_what_a_path_means(trained, tmp_path, monkeypatch):
         assert checkpoint.is_run(Path(path))
     last = checkpoint.load(".", ema=False)
     assert last.averaged is False
-    with pytest.raises(UserError, match="is a run of duo_jax, which tells all of its network; leave out algo, heads"):
+    with pytest.raises(UserError, match="is a run of duo_jax, which records its network; leave out algo, heads"):
         checkpoint.load(trained, algo="duo", heads=2)
     (tmp_path / "checkpoints" / "best").mkdir(parents=True)
     with pytest.raises(UserError, match="holds no checkpoint"):

@@ -123,7 +123,7 @@ def test_a_batch_or_mesh_that_does_not_divide_is_refused():
             partition.create_mesh(config, jax.devices() * 4)
     config.data, config.fsdp = -1, 2
     wide = partition.create_mesh(config, jax.devices() * 4)
-    with pytest.raises(UserError, match="is 6, which 4 devices do not divide; 8 would do"):
+    with pytest.raises(UserError, match="is 6, which cannot be split evenly over 4 devices; set it to 8"):
         partition.check_batch(wide, "train.batch_size", 6)
     partition.check_batch(wide, "train.batch_size", 8 * wide.size, 8)
     with pytest.raises(UserError, match="in 2 parts"):

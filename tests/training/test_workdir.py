@@ -37,7 +37,7 @@ def test_converted_weights_are_not_trained_over(trained, settings, tmp_path):
 
 def test_a_checkpoint_is_no_workdir(trained, settings):
     for place in (trained / "checkpoints" / "20", trained / "checkpoints"):
-        with pytest.raises(UserError, match="name of a place of checkpoints; give their run's own folder"):
+        with pytest.raises(UserError, match="is named like a checkpoint folder; give the run's own folder"):
             loop.train(make_config(settings), str(place))
 
 
