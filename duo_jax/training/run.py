@@ -1,12 +1,12 @@
-"""What surrounds the loop: the data, the network, the devices of a run, and the folder in which it leaves its results.
+"""A run outside its loop: its data, network and devices, and the folder where it writes its results.
 
-WORKDIR/config.json             every setting
-WORKDIR/metrics.jsonl           one line of numbers a logging step or evaluation; the last of a step counts
+WORKDIR/config.json             all settings
+WORKDIR/metrics.jsonl           one line per logging step or evaluation; if a step has several, the last one counts
 WORKDIR/tensorboard/            the same for TensorBoard
 WORKDIR/perplexity.png          held-out perplexity against steps
 WORKDIR/samples/STEP.txt        texts sampled during training
 WORKDIR/checkpoints/STEP/       see `training.checkpoint`
-WORKDIR/tokenizer/              the tokenizer, so that the folder alone is enough to sample
+WORKDIR/tokenizer/              the tokenizer, so that sampling needs only this folder
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from duo_jax.models.network import Network, Params, Weights
 from duo_jax.training import checkpoint, partition, writers
 from duo_jax.training import workdir as workdir_lib
 
-# Token frequencies are settled long before a billion-token training set is read through.
+# Enough rows to estimate token frequencies; a training set may have billions of tokens.
 _UNIGRAM_ROWS = 100_000
 
 
 def prepared(config: ConfigDict) -> Path:
-    """Returns the folder of token shards; the first process makes it if need be, and the others wait."""
+    """Returns the folder of token shards; if it is missing, the first process makes it while the others wait."""
     if jax.process_count() > 1:
         mistake = None
         if jax.process_index() == 0:
             try:
                 prepare.prepare(config.data)
-            except Exception as error:  # of whatever kind: the others must not wait for ever
+            except Exception as error:  # any kind: otherwise the others would wait for ever
                 mistake = error
         if multihost_utils.broadcast_one_to_all(np.asarray(mistake is not None)):
-            raise mistake or UserError("the first process could not prepare the data; its message tells why.")
+            raise mistake or UserError("the first process could not prepare the data; its message says why.")
     return prepare.prepare(config.data)
 
 
 def heldout(config: ConfigDict, text: Path | Store) -> pipeline.HeldoutBatches:
-    """Returns this process's share of the batches that `config.eval` asks for of a folder of shards, or of a whole text."""
+    """Returns this process's share of the held-out batches in a folder of shards, or of all batches of a text."""
     asked = config.eval.batches or None  # 0: all of them
-    batches = asked if isinstance(text, Path) else None  # a whole text is read to its end
+    batches = asked if isinstance(text, Path) else None  # a text is read to its end
     return pipeline.heldout_batches(
         text,
         length=config.model.length,
@@ -80,15 +80,15 @@ def measure(
     draws: int,
     between: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> likelihood.Likelihood:
-    """Returns the likelihood of held-out batches, and shows how far it is.
+    """Returns the likelihood of held-out batches, with a progress bar.
 
     Args:
         weights: on the mesh.
-        network: theirs.
-        batches: of `heldout`.
-        mesh: the devices over which each is split.
-        draws: of noise for each.
-        between: goes through the batches, and may end the evaluation by what it raises.
+        network: the network they belong to.
+        batches: from `heldout`.
+        mesh: the devices over which each batch is split.
+        draws: draws of times and noise per batch.
+        between: wraps the iteration over the batches; what it raises ends the evaluation.
     """
     shown = progress.passing(
         between(batches), len(batches), "evaluating", unit=" batches", show=jax.process_index() == 0
@@ -98,7 +98,7 @@ def measure(
 
 
 def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float]:
-    """Returns the perplexities to compare with, of the same held-out tokens: of token frequencies, and of no knowledge."""
+    """Returns two baseline perplexities of the same held-out tokens: `unigram`, from token frequencies, and `uniform`."""
     show = jax.process_index() == 0
     everything = pipeline.heldout_batches(
         folder,
@@ -110,13 +110,13 @@ def levels(config: ConfigDict, folder: Path, vocab_size: int) -> dict[str, float
     counts = pipeline.unigram_counts(
         folder, config.model.length, config.data.packing, max_rows=_UNIGRAM_ROWS, verbose=show
     )
-    given = int(config.algo.name == "ar")  # its first token, BOS, is not predicted
+    given = int(config.algo.name == "ar")  # an autoregressive network does not predict its first token, BOS
     shown = progress.passing(everything, len(everything), "reading held-out rows", unit=" batches", show=show)
     return {"unigram": likelihood.unigram(counts, shown, given).ppl, "uniform": float(vocab_size)}
 
 
 def _first_says(answer: bool) -> bool:
-    """Returns the first process's answer: a shared disk may show the others an older state, and they must do the same."""
+    """Returns the first process's answer: all must act alike, and a shared disk may show the others an older state."""
     return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
@@ -124,18 +124,18 @@ _SHAPE = ("dim", "blocks", "heads", "cond_dim")
 
 
 def _check_fit(config: ConfigDict, network: Network, start: Network, names: tuple[str, ...]) -> None:
-    """Raises UserError if a network cannot start from the weights of another."""
+    """Raises UserError if `network` cannot start from the weights of `start`."""
     different = [
         f"{name} is {getattr(network, name)}, there {getattr(start, name)}"
         for name in names
         if getattr(network, name) != getattr(start, name)
     ]
-    # Uniform-state networks mean the same by their outputs; of the others each algorithm's mean something of their own.
+    # The outputs of all uniform-state algorithms have one meaning; those of each other algorithm have their own.
     if network.algo != start.algo and not network.process == start.process == "uniform":
         different.append(f"algo is {network.algo}, there {start.algo}")
     if different:
         raise UserError(
-            f"config.init_from = {config.init_from} does not fit the config: {'; '.join(different)}. Give the settings "
+            f"config.init_from = {config.init_from} does not fit the config: {'; '.join(different)}. Use the settings "
             "that it was trained with."
         )
 
@@ -144,7 +144,7 @@ def _starting_point(config: ConfigDict) -> Params:
     """Returns the network of `config.init_from`.
 
     Raises:
-        UserError: training cannot start from it, as far as this shows without the data.
+        UserError: it cannot be read, or its sizes or algorithm do not fit the config.
     """
     params = checkpoint.load(config.init_from)
     start = params.network
@@ -154,7 +154,7 @@ def _starting_point(config: ConfigDict) -> Params:
 
 @dataclasses.dataclass
 class Run:
-    """One training run, as the loop sees it."""
+    """One training run, as the loop uses it."""
 
     config: ConfigDict
     workdir: Path
@@ -163,7 +163,7 @@ class Run:
     tokenizer: tokenizers.Tokenizer
     batches: pipeline.TrainIterator
     heldout: pipeline.HeldoutBatches
-    initial: Params | None = None  # that of `config.init_from`, until training has started from it
+    initial: Params | None = None  # the network of `config.init_from`, until training has started from it
     others: Sequence[Any] = ()
     levels: dict[str, float] = dataclasses.field(default_factory=dict)
     files: writers.MultiWriter = dataclasses.field(default_factory=writers.MultiWriter)
@@ -172,19 +172,19 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def open(cls, config: ConfigDict, workdir: str, others: Sequence[Any] = ()) -> Iterator[Run]:
-        """Prepares the data and everything else that comes before the first step, and closes it all at the end.
+        """Prepares the data and all else that the first step needs, and closes everything at the end.
 
-        `others` are writers beside those of the run's own files; whoever gives them closes them.
+        `others` are writers besides those of the run's own files; the caller closes them.
 
         Raises:
-            UserError: what a user can put right, before any work is done.
+            UserError: a mistake that the user can correct; raised before the work that it would spoil.
         """
-        hardware.agree()  # also where training is called from Python
+        hardware.agree()  # here too, for training that is called from Python
         mesh = partition.create_mesh(config.mesh)
         partition.check_batch(mesh, "train.batch_size", config.train.batch_size, config.train.accumulate)
         partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
         place = workdir_lib.check(workdir)
-        # Read now, so that a slip of the pen shows before the data are prepared.
+        # Read now, so that a typing mistake shows before the data are prepared.
         initial = _starting_point(config) if config.init_from and not checkpoint.steps(place) else None
         with workdir_lib.held(place), contextlib.ExitStack() as stack:
             folder = prepared(config)
@@ -212,24 +212,24 @@ class Run:
                 initial=initial,
                 others=others,
             )
-            del initial  # for its memory to be free once training has started from it
-            run.sampler()  # a mistake in config.sample shows now, not at the first text
+            del initial  # so that its memory is free once training has started from it
+            run.sampler()  # so that a mistake in config.sample shows now, not at the first text
             run.levels = levels(config, folder, network.vocab_size)
             stack.callback(lambda: run.files.close())
             yield run
 
     @property
     def primary(self) -> bool:
-        """Whether this process is the one that prints and writes."""
+        """Whether this is the process that prints and writes."""
         return jax.process_index() == 0
 
     def say(self, text: str) -> None:
-        """Prints a line, once for all processes."""
+        """Prints a line, in the first process only."""
         if self.primary:
             progress.say(text)
 
     def check_record(self, record: Mapping[str, Any], where: str) -> None:
-        """Raises UserError if a checkpoint's record is not of this very run, naming the settings that differ."""
+        """Raises UserError if a checkpoint's record is of another run, naming the settings that differ."""
         if record.get("format") != checkpoint.FORMAT:
             raise UserError(
                 f"{where} has format {record.get('format')}, not {checkpoint.FORMAT}; use another --workdir."
@@ -240,10 +240,10 @@ class Run:
             )
 
     def start_from(self) -> Weights | None:
-        """Returns the weights of `config.init_from`, averaged ones where it has them, or None for fresh ones.
+        """Returns the weights of `config.init_from`, averaged if it has such, or None to start from fresh ones.
 
         Raises:
-            UserError: they are of a network of another shape, or of other tokens.
+            UserError: their network has another shape or another tokenizer.
         """
         if not self.config.init_from:
             return None
@@ -251,15 +251,15 @@ class Run:
         _check_fit(self.config, self.network, params.network, ("vocab_size", *_SHAPE))
         if not tokenizers.load(params.tokenizer).same_as(self.tokenizer):
             raise UserError(
-                f"config.init_from = {self.config.init_from} does not fit the config: the tokenizer is another one. Train "
-                f"on with its own, --config.data.tokenizer={params.tokenizer}."
+                f"config.init_from = {self.config.init_from} does not fit the config: its tokenizer is another one. Use it "
+                f"here too, --config.data.tokenizer={params.tokenizer}."
             )
         kind = {True: "EMA weights", False: "last weights", None: "weights"}[params.averaged]
         self.say(f"Starting from the {kind} in {self.config.init_from}.")
         return partition.replicate(params.weights, self.mesh)
 
     def start(self, step: int, params: Any) -> None:
-        """Says what is about to be trained, and opens the files of the run."""
+        """Opens the files of the run, and prints what is about to be trained."""
         self._started, self._first = time.monotonic(), step
         config, net = self.config, self.network
         if not self.primary:
@@ -276,7 +276,7 @@ class Run:
         (self.workdir / workdir_lib.PARAMETERS).write_text(table + "\n", encoding="utf-8")
         for path in (self.workdir / workdir_lib.SAMPLES).glob("*.txt"):
             if path.stem.isdigit() and int(path.stem) > step:
-                path.unlink()  # of steps that are taken anew, like the metrics of these
+                path.unlink()  # these steps will be taken again; their metrics were dropped above
         devices = self.mesh.devices.flatten()
         self.say(
             f"Training {net.algo}, {network_lib.count(params) / 1e6:.2f}M parameters (D = {net.dim}, {net.blocks} blocks, "
@@ -285,29 +285,30 @@ class Run:
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Records numbers under a step."""
+        """Records numbers for a step."""
         self.writer.write_scalars(step, scalars)
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
-        """Returns the evaluation of a step that the metrics have already, as after a resume."""
+        """Returns a step's evaluation from the metrics file, if it has one, as it may after a resume."""
         rows = writers.read_jsonl(self.workdir / workdir_lib.METRICS)
         found = [row for row in rows if row["step"] == step and "heldout/nll" in row]
         return found[-1] if found else None
 
     def evaluated(self, step: int) -> bool:
-        """Whether the metrics have an evaluation of this step; all processes get the same answer."""
+        """Whether the metrics file has an evaluation of this step; all processes get the same answer."""
         return _first_says(self.evaluation(step) is not None)
 
     def evaluate(
         self, step: int, ema: Any, between: Callable[[Iterable[Any]], Iterable[Any]] = iter
     ) -> likelihood.Likelihood:
-        """Measures held-out likelihood with the averaged weights, records it and draws the picture anew.
+        """Measures held-out likelihood with the averaged weights, records it and redraws the plot.
 
         `between` is that of `measure`.
         """
         result = measure(ema, self.network, self.heldout, self.mesh, self.config.eval.draws, between)
         before = self.evaluation(step)
-        if before is None or not math.isclose(before["heldout/nll"], result.nll, rel_tol=1e-6):  # of other batches
+        # A resumed run may evaluate a step again: recorded only if the result differs, as with other batches.
+        if before is None or not math.isclose(before["heldout/nll"], result.nll, rel_tol=1e-6):
             scalars = result.figures() | {f"{name}_ppl": level for name, level in self.levels.items()}
             self.write(step, {f"heldout/{name}": value for name, value in scalars.items()})
         self.say(f"step {step:,}: held-out {describe(result, self.levels)}")
@@ -315,7 +316,7 @@ class Run:
             self.writer.flush()
             rows = writers.read_jsonl(self.workdir / workdir_lib.METRICS)
             curves = [
-                list({row["step"]: value(row) for row in rows if name in row}.items())  # the last of a step
+                list({row["step"]: value(row) for row in rows if name in row}.items())  # the last row of each step
                 for name, value in (
                     ("heldout/ppl", lambda row: row["heldout/ppl"]),
                     ("train/loss", lambda row: float(np.exp(min(row["train/loss"], 20.0)))),
@@ -329,7 +330,7 @@ class Run:
         return result
 
     def sampler(self) -> tuple[sampling.Settings, sampling.prompts.Known]:
-        """Returns how texts are sampled during training, and how they begin.
+        """Returns the sampler's settings and the tokens that are known from the start, for samples during training.
 
         Raises:
             UserError: `config.sample` does not fit the network.
@@ -337,10 +338,10 @@ class Run:
         config = self.config.sample
         if self.network.algo == "ar" and config.length is not None and config.length < 2:
             raise UserError(
-                "config.sample.length is 1, but an autoregressive network's first token is given; make it 2 or more."
+                "config.sample.length is 1, but an autoregressive network's first token is given; set it to 2 or more."
             )
         settings = sampling.Settings.from_config(config, self.network)
-        # An autoregressive text begins with BOS, as does one with a prompt.
+        # An empty prompt makes an autoregressive text begin with BOS, as every prompt does.
         known = sampling.prompts.known(
             self.tokenizer,
             (config.batch_size, self.network.length if config.length is None else config.length),
@@ -352,15 +353,15 @@ class Run:
         return settings, known
 
     def _texts(self, step: int) -> Path:
-        """Where a step's texts are kept."""
+        """The file for the texts of a step."""
         return self.workdir / workdir_lib.SAMPLES / f"{step:08d}.txt"
 
     def sampled(self, step: int) -> bool:
-        """Whether texts of this step were written; all processes get the same answer."""
+        """Whether this step's texts were written; all processes get the same answer."""
         return _first_says(self._texts(step).exists())
 
     def sample(self, step: int, ema: Any) -> str:
-        """Samples texts with the averaged weights, keeps them in a file, and returns the first."""
+        """Samples texts with the averaged weights, writes them to a file, and returns the first."""
         config = self.config.sample
         settings, known = self.sampler()
         tokens = sampling.texts.sample(
@@ -379,7 +380,7 @@ class Run:
         if self.primary:
             path = self._texts(step)
             path.parent.mkdir(exist_ok=True)
-            aside = path.with_suffix(".tmp")  # a text that is there is whole
+            aside = path.with_suffix(".tmp")  # renamed when complete, so that a kill leaves no partial file
             aside.write_text(whole, encoding="utf-8")
             aside.replace(path)
             self.writer.write_texts(step, {"samples": whole})
@@ -387,7 +388,7 @@ class Run:
         return texts[0]
 
     def finish(self, step: int, ema: Any) -> None:
-        """Evaluates and samples a last time, and prints what came out and where it lies."""
+        """Evaluates and samples a last time, and prints the results and their paths."""
         seconds = time.monotonic() - self._started
         result = self.evaluate(step, ema)
         text = self.sample(step, ema)
@@ -399,14 +400,14 @@ class Run:
             f"  plot       {self.workdir / workdir_lib.PICTURE}\n"
             f"  samples    {self.workdir / workdir_lib.SAMPLES}\n"
             f"  checkpoint {self.workdir / checkpoint.FOLDER / str(step)}\n"
-            f"\nA text of {self.config.sample.n_steps} steps:\n\n{text}\n"
+            f"\nA text sampled in {self.config.sample.n_steps} steps:\n\n{text}\n"
         )
 
 
 def describe(result: likelihood.Likelihood, levels: Mapping[str, float]) -> str:
     """Returns a line such as `PPL 60.12 ± 0.60 (NLL 4.0963 ± 0.0100 nats/token, BPD 5.9097; unigram 213.0, uniform 512.0)`.
 
-    Where the noise is known, it stands behind NLL: `± 0.0100 nats/token, 0.0030 by the noise`.
+    If the noise is known, it follows the NLL: `± 0.0100 nats/token, 0.0030 by the noise`.
     """
     known = not math.isnan(result.stderr)
     ppl, nll = (

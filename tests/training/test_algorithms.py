@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(trained, text_folder, tmp_path):
         "data.path": str(tmp_path / "no.jsonl"),
         "data.bpe_size": 310,
     }
-    with pytest.raises(UserError, match=r"dim is 64, there 32.*Give the settings that it was trained with"):
+    with pytest.raises(UserError, match=r"dim is 64, there 32.*Use the settings that it was trained with"):
         loop.train(make_config({**base, **nowhere}), str(tmp_path / "a"))
     with pytest.raises(UserError, match="algo is ar, there duo_base"):
         loop.train(make_config({**base, "init_from": str(trained), "algo.name": "ar"}), str(tmp_path / "b"))
