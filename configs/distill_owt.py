@@ -3,7 +3,7 @@
     python -m duo_jax.main --config=configs/distill_owt.py --config.init_from=runs/owt --workdir=runs/distill_owt
 
 Hardware: any number of devices that divide the batch of 128. Score to expect: the paper reports generative perplexities
-(GPT-2 large, greedy tail) of 69.6 in 8 steps, 54.1 in 16 and 46.3 in 32; not run here. They are by the protocol of
+(GPT-2 large, greedy tail) of 69.6 in 8 steps, 54.1 in 16 and 46.3 in 32; not run here. To measure them, run
 duo_jax.evaluation.generate_quality --protocol=reference --judge=openai-community/gpt2-large --noise_removal=greedy.
 """
 
@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
     """Returns the distillation of the paper: five rounds of 10,000 steps, over which dt goes from 1/512 to 16/512."""
     config = owt.get_config()
     config.algo.name = "dcd"
-    # Wider than in training: few steps begin in pure noise and end in clean text. Gamma from -4 to -1 for GPT-2's ids.
+    # A wider range than in training: few steps go from pure noise to clean text. Gamma from -4 to -1 for GPT-2's ids.
     config.algo.alpha_max, config.algo.alpha_min = 0.99869, 0.0061862
-    config.algo.distillation.teacher = "student"  # at each round, rather than the student's average
+    config.algo.distillation.teacher = "student"  # each round's new teacher is the student, not its average
     config.train.steps = 50_000
     config.train.batch_size = 128
     config.train.lr = 6e-5

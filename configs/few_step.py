@@ -1,11 +1,11 @@
-"""Duo on 10,033 Wikipedia paragraphs, trained far enough that its text can be judged: what `few_step.sh` distils.
+"""Duo on 10,033 Wikipedia paragraphs, trained long enough that its text can be judged; `few_step.sh` distils it.
 
     bash launch/few_step.sh
     python -m duo_jax.main --config=configs/few_step.py --workdir=runs/few_step/base
 
 Hardware: two CPU cores, about an hour. Score to expect: held-out PPL 107 (NLL 4.674 nats/token with
---config.mode=eval --config.eval.draws=16; one draw may say 104 to 110), against 609.6 for token frequencies alone. Its
-texts: docs/few_step.md.
+--config.mode=eval --config.eval.draws=16; one draw gives 104 to 110), against 609.6 for token frequencies alone. Texts:
+docs/few_step.md.
 """
 
 from ml_collections import ConfigDict
@@ -14,10 +14,10 @@ from configs import quickstart
 
 
 def get_config() -> ConfigDict:
-    """Returns the quickstart's recipe with four million parameters and tokens of three characters, 2,048 of them.
+    """Returns the quickstart's recipe with four million parameters and 2,048 tokens of about three characters.
 
-    Tokens that are nearly words leave spelling to the tokenizer: in bits per character, their frequencies alone say as much
-    as the quickstart's network learns in 8,000 steps over its 300 tokens.
+    With tokens that are nearly words, the network need not learn spelling: in bits per character, the frequencies of these
+    tokens alone are as good as what the quickstart's network learns in 8,000 steps over its 300 tokens.
     """
     config = quickstart.get_config()
     config.model.dim = 192

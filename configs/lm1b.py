@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     """Returns the recipe of `default()` with LM1B's text, tokenizer and length."""
     config = base.default()
     config.model.length = 128
-    # For BERT's 30,522 ids gamma from -3.5 to -1.75, the paper's range; for other tokenizers the range that does the same.
+    # For BERT's 30,522 ids, gamma from -3.5 to -1.75, the paper's range; for other tokenizers, the same range of alpha.
     config.algo.alpha_max, config.algo.alpha_min = 0.94171, 0.048683
     config.data.source = "lm1b"
     config.data.tokenizer = "bert-base-uncased"

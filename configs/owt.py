@@ -16,6 +16,6 @@ def get_config() -> ConfigDict:
     config = base.default()
     config.data.source = "openwebtext"
     config.data.tokenizer = "gpt2"
-    # For GPT-2's 50,258 ids gamma from -3.55 to -1.85, the paper's range; for other tokenizers the range that does the same.
+    # For GPT-2's 50,258 ids, gamma from -3.55 to -1.85, the paper's range; for other tokenizers, the same range of alpha.
     config.algo.alpha_max, config.algo.alpha_min = 0.94547, 0.049317
     return config

