@@ -1,6 +1,6 @@
-"""Weights in and out: the reference's files and ours.
+"""Reads and writes weights, in the reference's files and in ours.
 
-`python -m duo_jax.convert --from X --to DIR` is the command; docs/checkpoints.md tells of the released models.
+`python -m duo_jax.convert --from X --to DIR` is the command; docs/checkpoints.md lists the released models.
 """
 
 from duo_jax.convert.arrays import from_torch, to_torch

@@ -1,7 +1,7 @@
-"""The reference's PyTorch parameters and ours: the same numbers, under other names and layouts.
+"""Maps the reference's PyTorch parameters to ours and back: the same numbers, under other names and layouts.
 
-PyTorch keeps a linear layer's weight as `[out, in]`, Flax its kernel as `[in, out]`. Nothing else is changed, so a round
-trip is exact. Arrays in, arrays out: reading files is left to the caller.
+PyTorch stores a linear layer's weight as `[out, in]`, Flax its kernel as `[in, out]`. Nothing else changes, so a round trip
+is exact. All functions here take and return arrays; files are read elsewhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from duo_jax.errors import UserError
 from duo_jax.models.network import Params
 
-# Ours -> the reference's, in the order of its parameters, which its averaged weights are listed in. "kernel" leaves are
-# transposed on the way.
+# Our names -> the reference's, in the order of its parameters, in which it also lists its averaged weights. "kernel" leaves
+# are transposed.
 _BEFORE = {
     "embed/embedding": "vocab_embed.embedding",
     "time_in/kernel": "sigma_map.mlp.0.weight",
@@ -44,14 +44,14 @@ _AFTER = {
     "modulation_final/linear/kernel": "output_layer.adaLN_modulation.weight",
     "modulation_final/linear/bias": "output_layer.adaLN_modulation.bias",
 }
-# A buffer of the reference's, not a parameter: rotary frequencies, which follow from the head size alone.
+# A buffer of the reference, not a parameter: the rotary frequencies, which follow from the head size alone.
 INVERSE_FREQUENCY = "rotary_emb.inv_freq"
 _TIME_FEATURES = 256
 _LISTED = 24
 
 
 def _pairs(blocks: int, adaln: bool) -> dict[str, str]:
-    """Returns our path -> the reference's key for a whole network, in the order of the reference's parameters."""
+    """Returns {our path: the reference's key} for a whole network, in the order of the reference's parameters."""
     pairs = dict(_BEFORE)
     for i in range(blocks):
         pairs |= {f"block_{i}/{ours}": f"blocks.{i}.{theirs}" for ours, theirs in _BLOCK.items()}
@@ -62,12 +62,12 @@ def _pairs(blocks: int, adaln: bool) -> dict[str, str]:
 
 
 _PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|model\.|backbone\.)+")
-# Parts of the reference's training state that are no part of the network.
+# Entries of the reference's training state that do not belong to the network.
 _IGNORED = ("teacher.", "noise.", "metrics.")
 
 
 def _shapes(blocks: int, adaln: bool, vocab: int, dim: int, cond: int) -> dict[str, tuple[int, ...]]:
-    """Returns the reference's key -> shape for a whole network."""
+    """Returns {the reference's key: shape} for a whole network; sizes may be 0, as those of a damaged state dict."""
     ends = {
         "vocab_embed.embedding": (vocab, dim),
         "sigma_map.mlp.0.weight": (cond, _TIME_FEATURES),
@@ -101,23 +101,23 @@ def _listed(names: list[str]) -> str:
 
 
 def unprefixed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the network's entries under their bare names, in their order."""
+    """Returns the network's entries without their prefixes, in the same order."""
     bare: dict[str, Any] = {}
     for key, value in state.items():
         name = _PREFIX.sub("", str(key))
         if str(key).startswith(_IGNORED):
             continue
         if name in bare:
-            raise UserError(f"the state dict holds {name} twice, under different prefixes; it is of two networks.")
+            raise UserError(f"the state dict holds {name} twice, under different prefixes; it mixes two networks.")
         bare[name] = value
     return bare
 
 
 def check(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Returns our path -> the reference's key for a state dict of these shapes, the rotary buffer left out.
+    """Returns {our path: the reference's key} for a state dict with these shapes, without the rotary buffer.
 
     Raises:
-        UserError: keys that are missing or that no part of the network owns, or arrays of a wrong shape, listed.
+        UserError: keys are missing or unknown, or arrays have wrong shapes; the message lists them.
     """
     shapes = {key: tuple(shape) for key, shape in shapes.items() if key != INVERSE_FREQUENCY}
     blocks = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
@@ -126,8 +126,8 @@ def check(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     missing, extra = sorted(set(pairs.values()) - shapes.keys()), sorted(shapes.keys() - set(pairs.values()))
     if not blocks or missing or extra:
         raise UserError(
-            f"this is no Duo, MDLM, SEDD or AR state dict: missing {_listed(missing) or 'no'} keys, "
-            f"unknown {_listed(extra) or 'no'} keys."
+            "this is not a state dict of Duo, MDLM, SEDD or AR: "
+            f"missing keys: {_listed(missing) or 'none'}; unknown keys: {_listed(extra) or 'none'}."
         )
     vocab, dim = (*shapes["vocab_embed.embedding"], 0, 0)[:2]
     cond = (*shapes["sigma_map.mlp.0.weight"], 0)[0] if adaln else 0
@@ -144,7 +144,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Returns our nested parameters for the reference's state dict (numpy arrays or CPU tensors), prefixed or not.
 
     Raises:
-        UserError: keys that are missing or that no part of the network owns, or arrays of a wrong shape, listed.
+        UserError: keys are missing or unknown, or arrays have wrong shapes; the message lists them.
     """
     state = {key: np.asarray(value) for key, value in unprefixed(state_dict).items()}
     pairs = check({key: value.shape for key, value in state.items()})
@@ -164,9 +164,9 @@ def to_torch(params: Mapping[str, Any] | Params, *, heads: int | None = None) ->
     The parameters are in the reference's order; its rotary buffer comes last.
 
     Args:
-        params: as `from_torch` returns, alone or as `{"params": ...}`, or as `duo_jax.load` does.
-        heads: attention heads, on which the reference's rotary buffer depends; without it, as parameters alone do not tell
-            it, that buffer is left out.
+        params: what `from_torch` or `duo_jax.load` returns, or `{"params": ...}` with the former.
+        heads: number of attention heads, which nested parameters alone do not show; without it, the rotary buffer, which
+            depends on it, is left out.
     """
     if isinstance(params, Params):
         params, heads = jax.device_get(params.weights), params.network.heads

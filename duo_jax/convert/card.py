@@ -16,7 +16,7 @@ _PROCESS = {
 
 
 def text(net: Network, name: str, step: int) -> str:
-    """Returns the card's Markdown; `step` is that of the weights, 0 if unknown."""
+    """Returns the card as Markdown; `step` is the training step of the weights, 0 if unknown."""
     trained = f"\n| training steps | {step:,} |" if step else ""
     return f"""---
 library_name: duo_jax
@@ -33,7 +33,7 @@ This is {_PROCESS[net.algo]}, in [duo_jax](https://arxiv.org/abs/2506.10892) (Th
 | algorithm | `{net.algo}` |
 | width, blocks, heads | {net.dim}, {net.blocks}, {net.heads} |
 | length | {net.length} tokens |
-| vocabulary | {net.vocab_size:,} ids, the special ones included; the tokenizer is in `tokenizer/` |
+| vocabulary | {net.vocab_size:,} ids, including the special ones; the tokenizer is in `tokenizer/` |
 | noise schedule | `{net.schedule}`, eps {net.eps} |{trained}
 
 ```python
@@ -42,6 +42,6 @@ params = duo_jax.load("{name}")
 print(duo_jax.sample(params, n_steps=8).text[0])
 ```
 
-`model.safetensors` has the parameters under the names and in the layouts of the PyTorch reference implementation.
-What the network was trained on, its figures and its licence are for its author to add here.
+`model.safetensors` holds the parameters with the names and layouts of the PyTorch reference implementation.
+To be added by the author: the training data, the scores and the licence.
 """

@@ -1,7 +1,7 @@
-"""Files of weights: the reference's and the hub's are read, our own folders are read and written.
+"""Files of weights: reads those of the reference and the hub, reads and writes our own folders.
 
-A folder holds `model.safetensors` (or `pytorch_model.bin`) under the reference's names, and `config.json`. In ours that file
-also says, under `duo_jax`, all that the network is; the tokenizer lies in `tokenizer/`.
+A folder holds `model.safetensors` (or `pytorch_model.bin`), with the reference's names, and `config.json`. In our folders,
+`config.json` also describes the whole network under `duo_jax`, and the tokenizer is in `tokenizer/`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def local(path: str | Path) -> Path:
-    """Returns a path with its ~ filled in, whether or not something is there.
+    """Returns a path with `~` expanded, whether or not it exists.
 
     Raises:
-        UserError: it cannot be looked at.
+        UserError: it cannot be accessed.
     """
     try:
         found = Path(path).expanduser()
@@ -53,10 +53,10 @@ def local(path: str | Path) -> Path:
 
 
 def place(path_or_name: str | Path) -> Path:
-    """Returns the path that is meant: itself, or that of the network of this name that comes with the package.
+    """Returns the path itself, or the path of the network of this name that comes with the package.
 
     Raises:
-        UserError: it cannot be looked at.
+        UserError: it cannot be accessed.
     """
     path = local(path_or_name)
     shipped = SHIPPED / str(path_or_name)
@@ -82,10 +82,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def step(folder: str | Path) -> int:
-    """Returns the training step that a folder's weights are of, 0 if it does not say."""
+    """Returns the training step of a folder's weights, 0 if its config does not state it."""
     ours = _config(local(folder)).get("duo_jax")
-    told = ours.get("step") if isinstance(ours, dict) else None
-    return told if isinstance(told, int) else 0
+    stated = ours.get("step") if isinstance(ours, dict) else None
+    return stated if isinstance(stated, int) else 0
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -93,19 +93,26 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors.flax import load_file  # the NumPy loader does not know bfloat16
 
     try:
-        path.open("rb").close()  # whose error tells why it cannot be
+        path.open("rb").close()  # its error says why the file cannot be read
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return {key: np.asarray(value) for key, value in load_file(path).items()}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (SafetensorError, AttributeError, KeyError, TypeError) as error:  # the last three of a type that NumPy lacks
-        raise UserError(f"{path} is no safetensors file, or a damaged one, or of an odd type: {error}.") from error
+    except (
+        SafetensorError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:  # the last three for a type that NumPy lacks
+        raise UserError(
+            f"{path} is not a safetensors file, or is damaged, or has arrays of an unknown type: {error}."
+        ) from error
 
 
 def _averaged(path: Path, state: dict[str, Any], ema: Any) -> dict[str, Any]:
     """Returns the state with its parameters replaced by their averages.
 
-    They lie in the file as a list without names, in the order of the parameters, which the state dict keeps.
+    The file lists the averages without names, in the order of the parameters in the state dict.
     """
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not isinstance(shadow, (list, tuple)):
@@ -117,14 +124,14 @@ def _averaged(path: Path, state: dict[str, Any], ema: Any) -> dict[str, Any]:
     )
     if not alike:
         raise UserError(
-            f"{path}: its {len(shadow)} averaged arrays are not those of its {len(names)} parameters; give --no-ema (in "
-            "Python: ema=False) for the last weights."
+            f"{path}: its {len(shadow)} averaged arrays do not match its {len(names)} parameters; give --no-ema (in Python: "
+            "ema=False) for the last weights."
         )
     return state | dict(zip(names, shadow, strict=True))
 
 
 def _pickled(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, Any], bool | None]:
-    """Returns the arrays of a file of `torch.save`, the config in it, if there is one, and whether they are averaged."""
+    """Returns the arrays in a file of `torch.save`, its config (empty if it has none), and whether they are averaged."""
     with contextlib.closing(pickled.Archive(path)) as archive:
         root = archive.root
         whole = root if isinstance(root, dict) else {}
@@ -132,7 +139,7 @@ def _pickled(path: Path, ema: bool) -> tuple[dict[str, np.ndarray], dict[str, An
         state = arrays.unprefixed(whole["state_dict"] if lightning else whole)
         strange = [key for key, value in state.items() if not isinstance(value, pickled.Tensor)]
         if strange or not state:
-            listed = f"{', '.join(map(str, strange[:8]))} are no tensors" if strange else "it is empty"
+            listed = f"{', '.join(map(str, strange[:8]))} are not tensors" if strange else "it is empty"
             raise UserError(f"{path} holds no state dict: {listed}.")
         arrays.check({key: value.shape for key, value in state.items()})
         if lightning and ema:
@@ -152,22 +159,22 @@ def _fetched(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=[_CONFIG, *_FOLDER_FILES, f"{_TOKENIZER}/*"]))
-    except (OSError, ValueError) as error:  # the library's own errors are among these
+    except (OSError, ValueError) as error:  # the library's own errors derive from these
         reason = first_line(error)
-        raise UserError(f"{name} is no file or folder here, and the hub does not give it: {reason}") from error
+        raise UserError(f"{name} is not a file or folder here, and the hub does not give it: {reason}") from error
 
 
 def _open(path_or_name: str | Path) -> tuple[Path, Path]:
-    """Returns the file of weights that a path or a hub id means, and the folder of its config."""
+    """Returns the file of weights for a path or a hub id, and the folder of its config."""
     path = place(path_or_name)
     if not path.exists():
-        # What looks like a place here is a slip of the pen, not a model of the hub.
+        # What looks like a local path is a typing mistake, not a model on the hub.
         here = path.suffix in (*_PICKLED, ".safetensors") or path.parent.is_dir()
         if here or not _HUB_ID.fullmatch(str(path_or_name)):
             shipped = " or ".join(sorted(folder.name for folder in SHIPPED.iterdir()))
             raise UserError(
-                f"{path} does not exist; give a run's workdir, a file or folder of weights, a hub id, or {shipped}, which "
-                "comes with the package."
+                f"{path} does not exist; give a run's workdir, a file or folder of weights, a hub id, or {shipped} (comes "
+                "with the package)."
             )
         path = _fetched(str(path_or_name))
     if path.is_file():
@@ -184,19 +191,21 @@ def _open(path_or_name: str | Path) -> tuple[Path, Path]:
 
 
 def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
-    """Returns the network of a file, a folder, a hub id or the package itself, on the default device.
+    """Returns the network of a file, a folder or a hub id, or one that comes with the package, on the default device.
 
     Args:
         path_or_name: a file `.ckpt`, `.pt`, `.pth`, `.bin` or `.safetensors`, a folder that holds one, `owner/name`, or the
             name of one of `SHIPPED`.
         ema: the averaged weights of a Lightning checkpoint rather than the last ones; other files hold one set only.
-        asked: `algo`, `heads`, `length`, `tokenizer`, where the file does not tell them.
+        asked: `algo`, `heads`, `length`, `tokenizer`, for facts that the file does not state.
 
     Raises:
-        UserError: nothing is there, it is of no known layout, or it does not tell what it must.
+        UserError: there is nothing, its layout is unknown, or a fact is neither stated nor given.
     """
     path, folder = _open(path_or_name)
-    config = _config(folder) if path.name in _FOLDER_FILES else {}  # beside another file it may be another model's
+    config = (
+        _config(folder) if path.name in _FOLDER_FILES else {}
+    )  # the config beside another file may be another model's
     averaged = None
     if path.suffix == ".safetensors":
         state = arrays.unprefixed(_safetensors(path))
@@ -204,13 +213,13 @@ def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
         state, inside, averaged = _pickled(path, ema)
         config = inside or config
     else:
-        raise UserError(f"{path} is of no known kind; give a file {', '.join(_PICKLED)} or .safetensors.")
+        raise UserError(f"{path} is of an unknown kind; give a file {', '.join(_PICKLED)} or .safetensors.")
     if odd := [key for key, value in state.items() if not jnp.issubdtype(value.dtype, jnp.floating)]:
-        raise UserError(f"{path} is quantised or no network: {', '.join(odd[:8])} are not of a floating-point type.")
+        raise UserError(f"{path} is quantised or not a network: {', '.join(odd[:8])} are not of a floating-point type.")
     state = {key: value.astype(np.float32, copy=False) for key, value in state.items()}
     params = arrays.from_torch(state)
     if broken := [key for key, value in state.items() if not np.isfinite(value).all()]:
-        raise UserError(f"{path} is of a network that has diverged: {', '.join(broken[:8])} are not finite.")
+        raise UserError(f"{path} holds a network that has diverged: {', '.join(broken[:8])} are not finite.")
     ours = config.get("duo_jax")
     if ours is None:
         network, tokenizer = infer.network(state, infer.facts(config, Path(path_or_name).name), asked)
@@ -222,10 +231,10 @@ def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
 
 
 def _recorded(folder: Path, ours: Any, ema: bool, asked: Mapping[str, Any]) -> tuple[Network, str, bool | None]:
-    """Returns what a folder of ours says of its network, its tokenizer, and whether the weights are averaged."""
+    """Returns the network and the tokenizer that one of our folders records, and whether its weights are averaged."""
     given = [name for name, value in asked.items() if value is not None]
     if given:
-        raise UserError(f"{folder} tells all of its network; leave out {', '.join(given)}.")
+        raise UserError(f"{folder} describes its network itself; leave out {', '.join(given)}.")
     try:
         if ours["format"] != FORMAT:
             raise UserError(f"{folder} has format {ours['format']}; this version of duo_jax reads format {FORMAT}.")
@@ -239,24 +248,24 @@ def _recorded(folder: Path, ours: Any, ema: bool, asked: Mapping[str, Any]) -> t
 
 
 def _check_recorded(folder: Path, network: Network, params: Weights, state: Mapping[str, np.ndarray]) -> None:
-    """Raises UserError if the network that a folder of ours describes is not that of its weights."""
+    """Raises UserError if the config of one of our folders does not fit its weights."""
     try:
         described = jax.eval_shape(network.init, jax.random.key(0))
-    except Exception as error:  # sizes that no run wrote may raise anything
+    except Exception as error:  # impossible sizes may raise anything
         raise UserError(f"{folder / _CONFIG} describes no network: {error}; export the network again.") from error
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (described, params)]
     heads = network.dim // (2 * state[arrays.INVERSE_FREQUENCY].size) if arrays.INVERSE_FREQUENCY in state else 0
     if shapes[0] != shapes[1] or heads != network.heads or network.algo not in ALGORITHMS:
         raise UserError(
-            f"{folder}: {_CONFIG} describes another network than {_WEIGHTS} holds; export the network again."
+            f"{folder}: {_CONFIG} describes another network than the one in {_WEIGHTS}; export the network again."
         )
 
 
 def check_new(folder: str | Path) -> Path:
-    """Returns the absolute path of a folder that is to be made.
+    """Returns the absolute path of a folder that is to be created.
 
     Raises:
-        UserError: something is there already, or it has the name of a file of weights.
+        UserError: it exists and is not an empty folder, or it is named like a file of weights.
     """
     try:
         folder = Path(folder).expanduser().absolute()
@@ -271,12 +280,12 @@ def check_new(folder: str | Path) -> Path:
 
 
 def write(params: Params, folder: str | Path, save_tokenizer: Callable[[Path], None], *, step: int = 0) -> None:
-    """Writes a network to a new folder, from which `read` gives the same bits back; all of it, or nothing.
+    """Writes a network to a new folder, from which `read` returns the same bits; writes all of it or nothing.
 
     Args:
         params: the network.
-        folder: made here; it must not exist, or be empty.
-        save_tokenizer: writes the tokenizer's files to the folder that it is given.
+        folder: created here; it must be missing or empty.
+        save_tokenizer: a function that writes the tokenizer's files to a folder.
         step: the training step of the weights, if known.
 
     Raises:
@@ -304,7 +313,7 @@ def write(params: Params, folder: str | Path, save_tokenizer: Callable[[Path], N
         aside.mkdir(parents=True)
         save_file({f"backbone.{key}": value for key, value in state.items()}, aside / _WEIGHTS, {"format": "pt"})
         (aside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (aside / _WEIGHTS).chmod((aside / _CONFIG).stat().st_mode)  # the library makes it readable by its owner alone
+        (aside / _WEIGHTS).chmod((aside / _CONFIG).stat().st_mode)  # the library lets only the owner read it
         (aside / "README.md").write_text(card.text(net, folder.name, step), encoding="utf-8")
         save_tokenizer(aside / _TOKENIZER)
         if folder.exists():

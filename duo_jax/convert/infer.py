@@ -1,4 +1,4 @@
-"""What a file tells of its network: sizes from the shapes, the rest from its config, or asked for by name."""
+"""Infers a network from its file: sizes from the arrays' shapes, the rest from its config or from the caller."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from duo_jax.convert.arrays import INVERSE_FREQUENCY
 from duo_jax.errors import UserError
 from duo_jax.models.network import SIZES, Network
 
-# Number of ids, the special ones included -> the tokenizer of the released models, and its mask id.
+# Number of ids, including the special ones -> the tokenizer of the released models and its mask id.
 _TOKENIZERS = {50258: ("gpt2", 50257), 30522: ("bert-base-uncased", 103)}
 # The reference's and the hub's names for algorithms -> ours.
 _ALGORITHMS = {name: name for name in ALGORITHMS} | {
@@ -20,8 +20,8 @@ _ALGORITHMS = {name: name for name in ALGORITHMS} | {
     "duo-distilled": "dcd",
     "d3pm-absorb": "d3pm",
 }
-# Whether the network is told the noise level, where files say so.
-_TOLD_TIME = {"mdlm": False, "duo": True, "duo-distilled": True, "distillation": True, "duo_base": True}
+# Whether our networks are conditioned on the noise level, for kinds whose files state it.
+_TIME_CONDITIONING = {"mdlm": False, "duo": True, "duo-distilled": True, "distillation": True, "duo_base": True}
 _SCHEDULES = {"log-linear": "log_linear", "loglinear": "log_linear", "cosine": "cosine"}
 
 
@@ -30,14 +30,14 @@ def _first(*values: Any) -> Any:
 
 
 def facts(config: Mapping[str, Any], name: str = "") -> dict[str, Any]:
-    """Returns what a `config.json` or the reference's config says; what it does not say is absent.
+    """Returns the facts that a `config.json` or the reference's config states; others are absent.
 
     Args:
-        config: MDLM's and Duo's flat layout (`n_heads`, `model_length`), or the nested one of the reference and SEDD.
-        name: the hub id or the file's name, which tells a distilled Duo from a plain one.
+        config: in the flat layout of MDLM and Duo (`n_heads`, `model_length`) or the nested one of the reference and SEDD.
+        name: the hub id or the file's name, which distinguishes a distilled Duo from a plain one.
 
     Raises:
-        UserError: it describes a network or process that there is none of here.
+        UserError: it describes a network or process that is not implemented here.
     """
     inside = {key: value if isinstance(value, Mapping) else {} for key, value in config.items()}
     model, algo, graph, noise = (inside.get(key, {}) for key in ("model", "algo", "graph", "noise"))
@@ -51,10 +51,10 @@ def facts(config: Mapping[str, Any], name: str = "") -> dict[str, Any]:
         raise UserError(f"the file's noise schedule is {noise['type']}; only log-linear and cosine can be used here.")
     if model.get("scale_by_sigma") is False and kind == "sedd":
         raise UserError("this SEDD does not scale its score by sigma; only those that do can be used here.")
-    told = _first(config.get("time_conditioning"), algo.get("time_conditioning"))
-    if isinstance(told, bool) and kind in _TOLD_TIME and told != _TOLD_TIME[kind]:
+    timed = _first(config.get("time_conditioning"), algo.get("time_conditioning"))
+    if isinstance(timed, bool) and kind in _TIME_CONDITIONING and timed != _TIME_CONDITIONING[kind]:
         raise UserError(
-            f"this {kind} is {'' if told else 'not '}told the time, which it is {'not ' if told else ''}here."
+            f"this {kind} has time_conditioning={timed}; only networks with time_conditioning={not timed} can be used here."
         )
     found = {
         "algo": _ALGORITHMS.get(kind),
@@ -78,7 +78,7 @@ def _tokenizer(vocab_size: int, asked: str | None) -> tuple[str, int]:
     if asked is None:
         if vocab_size not in _TOKENIZERS:
             raise UserError(
-                f"the network has {vocab_size} ids, which is no known tokenizer's; name its folder with --tokenizer (in "
+                f"the network has {vocab_size} ids, which fits no known tokenizer; give its folder as --tokenizer (in "
                 "Python: tokenizer=)."
             )
         return _TOKENIZERS[vocab_size]
@@ -100,31 +100,31 @@ def _tokenizer(vocab_size: int, asked: str | None) -> tuple[str, int]:
 
 
 def _heads(state: Mapping[str, Any], dim: int, blocks: int, told: int | None, asked: int | None) -> int:
-    """Returns the number of heads: as the rotary buffer shows, as asked, as told, or as a usual size has it."""
+    """Returns the number of heads: from the rotary buffer, else the caller, the file's config or the usual sizes."""
     buffer = state.get(INVERSE_FREQUENCY)
     if buffer is not None and buffer.size and dim % (2 * buffer.size):
-        raise UserError(f"the file's {buffer.size} rotary frequencies fit no head of a network of width {dim}.")
+        raise UserError(f"the file's {buffer.size} rotary frequencies do not fit a network of width {dim}.")
     usual = next((size[2] for size in SIZES.values() if size[:2] == (dim, blocks)), None)
     heads = _first(dim // (2 * buffer.size) if buffer is not None and buffer.size else None, asked, told, usual)
     if heads is None:
-        raise UserError(f"{blocks} blocks of width {dim} are no usual size; give the number of --heads.")
+        raise UserError(f"{blocks} blocks of width {dim} are not a usual size; give the number of --heads.")
     if asked is not None and asked != heads:
-        raise UserError(f"--heads is {asked}, but the file's rotary frequencies are those of {heads} heads.")
+        raise UserError(f"--heads is {asked}, but the file's rotary frequencies belong to {heads} heads.")
     if heads < 1 or dim % (2 * heads):
         raise UserError(f"a width of {dim} cannot be split into {heads} heads of an even size; give the right --heads.")
     return heads
 
 
 def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[Network, str]:
-    """Returns the network that a state dict in the reference's layout is of, and its tokenizer.
+    """Returns the network of a state dict in the reference's layout, and its tokenizer.
 
     Args:
-        state: the reference's keys without prefix -> arrays, known to be whole (see `arrays.from_torch`).
-        told: what `facts` found.
-        asked: what the caller says: `algo`, `heads`, `length`, `tokenizer`, each of which may be None.
+        state: {the reference's key, without prefix: array}, known to be complete (see `arrays.from_torch`).
+        told: what `facts` returned.
+        asked: what the caller gave: `algo`, `heads`, `length`, `tokenizer`, each of which may be None.
 
     Raises:
-        UserError: something that can neither be inferred nor was said, or what was said cannot be.
+        UserError: a fact can neither be inferred nor was given, or a given one is impossible.
     """
     vocab_size, dim = state["vocab_embed.embedding"].shape
     blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
@@ -132,7 +132,7 @@ def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[st
     algo = _first(asked.get("algo"), told.get("algo"), "ar" if causal else None)
     if algo is None:
         unknown = told.get("unknown_algo")
-        which = f"tells of an algorithm {unknown!r}" if unknown else "does not tell its algorithm"
+        which = f"names an unknown algorithm, {unknown!r}" if unknown else "does not name its algorithm"
         raise UserError(
             f"the file {which}; give --algo (in Python: algo=), one of "
             f"{', '.join(name for name in ALGORITHMS if name != 'ar')}."
@@ -141,12 +141,12 @@ def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[st
         raise UserError(f"--algo is {algo!r}; choose one of {', '.join(ALGORITHMS)}.")
     if (algo == "ar") != causal:
         has = "no noise level among its inputs, so it is autoregressive" if causal else "a noise level among its inputs"
-        raise UserError(f"the algorithm is said to be {algo}, but the network has {has}; give the right --algo.")
+        raise UserError(f"the algorithm was given as {algo}, but the network has {has}; give the right --algo.")
     length = _first(asked.get("length"), told.get("length"))
     if length is not None and length < 3:
-        raise UserError(f"a length of {length} tokens cannot be; give the right --length (in Python: length=).")
+        raise UserError(f"a length of {length} tokens is too small; give the right --length (in Python: length=).")
     if length is None:
-        raise UserError("the file does not tell the network's length in tokens; give --length (in Python: length=).")
+        raise UserError("the file does not state the network's length in tokens; give --length (in Python: length=).")
     tokenizer, mask_id = _tokenizer(vocab_size, asked.get("tokenizer"))
     more = {key: told[key] for key in ("schedule", "eps") if key in told}
     return Network(

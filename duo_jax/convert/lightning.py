@@ -11,20 +11,20 @@ from duo_jax.convert import arrays
 from duo_jax.errors import UserError, first_line
 from duo_jax.models.network import Params
 
-# Lightning brings files of older versions up to date by this; the reference was written for 2.2.
+# Lightning upgrades files of older versions by this number; the reference was written for 2.2.
 _VERSION = "2.2.1"
 _DECAY = 0.9999
 
 
 def write_lightning(params: Params, path: str | Path, *, step: int = 0) -> None:
-    """Writes the weights as a checkpoint's last and averaged ones alike, to a file that must not exist.
+    """Writes a checkpoint in which both the last and the averaged weights are those of `params`.
 
-    It has what the reference reads when it loads a network (`load_from_checkpoint`), and no optimizer state: training starts
-    from such a file, it does not resume from it.
+    It holds what the reference reads to load a network (`load_from_checkpoint`) and no optimizer state: training can start
+    from it, but not resume.
 
     Args:
         params: the network.
-        path: of the file.
+        path: a file that does not exist yet.
         step: the training step of the weights, if known.
 
     Raises:
@@ -50,7 +50,7 @@ def write_lightning(params: Params, path: str | Path, *, step: int = 0) -> None:
             "num_updates": step,
             "shadow_params": [value for key, value in tensors.items() if key != arrays.INVERSE_FREQUENCY],
         },
-        # The reference asks how much of an epoch was done, to go on from there in the data.
+        # The reference reads how much of an epoch was done, to continue at that point of the data.
         "loops": {"fit_loop": {"epoch_progress": done, "epoch_loop.batch_progress": done}},
     }
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -59,7 +59,7 @@ def write_lightning(params: Params, path: str | Path, *, step: int = 0) -> None:
         with aside.open("wb") as file:
             torch.save(whole, file)
         aside.rename(path)
-    except (OSError, RuntimeError) as error:  # PyTorch's own word for a full disk is a RuntimeError
+    except (OSError, RuntimeError) as error:  # PyTorch raises a RuntimeError if the disk is full
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} cannot be written: {reason}.") from error
     finally:

@@ -1,9 +1,9 @@
-"""Reads what `torch.save` wrote, without PyTorch and without running anything that the file names.
+"""Reads files of `torch.save` without PyTorch, and without running any code that they name.
 
-Such a file is a zip: a pickle that describes the objects, and one raw file for each tensor's numbers. Here the pickle is
-read with every class replaced: tensors become plain descriptions of themselves, and an object of any other class (a
-tokenizer, an OmegaConf config, an optimizer) becomes `Inert`, which keeps its state and does nothing. So this admits less
-than `weights_only` does, and yet reads checkpoints that hold such objects beside their weights.
+Such a file is a zip: a pickle that describes the objects, and one raw file per tensor storage. Here the pickle is read with
+every class replaced: tensors become plain descriptions, and an object of any other class (a tokenizer, an OmegaConf config,
+an optimizer) becomes `Inert`, which keeps its state and does nothing. This allows less than `weights_only` does, and yet
+reads checkpoints that hold such objects beside their weights.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Where a tensor's numbers lie: `Archive.array` fetches them."""
+    """The place of a tensor's numbers in the file; `Archive.array` reads them."""
 
     storage: _Storage
     offset: int
@@ -52,14 +52,14 @@ class Inert:
     """Stands for an object of a class that is not loaded.
 
     Attributes:
-        state: what the pickle would have set it to.
-        items: what the pickle would have put under its keys.
+        state: the state that the pickle sets.
+        items: the items that the pickle sets by key.
     """
 
     state: Any = None
 
     def __new__(cls, *_: Any, **__: Any) -> Inert:
-        """Takes whatever the class that it stands for would take."""
+        """Accepts any arguments."""
         self = object.__new__(cls)
         self.items = {}
         return self
@@ -77,20 +77,20 @@ class Inert:
         return Inert()
 
     def extend(self, _: Any) -> None:
-        """Takes what a list would; nothing here needs it."""
+        """Ignores the items that the pickle appends to a list."""
 
     append = add = extend
 
 
 class _Rebuild:
-    """What PyTorch's functions of these names do. Without attributes: a pickle may set those of what it names."""
+    """Does what PyTorch's `_rebuild_tensor_v2` does. It has no attributes, because a pickle could set them."""
 
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
         numbers = (offset, *shape, *strides)
         if not isinstance(storage, _Storage) or not all(type(n) is int for n in numbers):
-            raise pickle.UnpicklingError("a tensor that is none")
+            raise pickle.UnpicklingError("a malformed tensor")
         return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -123,13 +123,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Archive:
-    """An open file of `torch.save`; `root` is the object that it holds."""
+    """An open file of `torch.save`; `root` is the object saved in it."""
 
     def __init__(self, path: Path) -> None:
         """Reads everything but the tensors' numbers.
 
         Raises:
-            UserError: the file is no such zip, or is damaged.
+            UserError: the file is not such a zip, or is damaged.
         """
         self._path = path
         try:
@@ -140,7 +140,7 @@ class Archive:
             self._folder = index.removesuffix("data.pkl")
             order = self._folder + "byteorder"
             if order in self._zip.namelist() and self._zip.read(order) != b"little":
-                raise UserError(f"{path} was written on a big-endian machine; save it again on a common one.")
+                raise UserError(f"{path} was written on a big-endian machine; save it again on a little-endian one.")
             with self._zip.open(index) as file:
                 self.root = _Unpickler(file).load()
         except UserError:
@@ -150,9 +150,7 @@ class Archive:
         except Exception as error:  # a damaged pickle may raise anything
             if path.is_file() and not zipfile.is_zipfile(path):
                 hint = "load and save it again with PyTorch 1.6 or newer"
-                raise UserError(
-                    f"{path} is no file that torch.save wrote, or an old or damaged one; {hint}."
-                ) from error
+                raise UserError(f"{path} is not a file of torch.save, or an old or damaged one; {hint}.") from error
             raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
 
     def close(self) -> None:
@@ -173,7 +171,7 @@ class Archive:
             raise UserError(f"{self._path} is damaged: {error}.") from error
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if min((offset, *shape, *strides), default=0) < 0 or (math.prod(shape) and last >= flat.size):
-            raise UserError(f"{self._path} is damaged: a tensor of shape {shape} reaches beyond its numbers.")
+            raise UserError(f"{self._path} is damaged: a tensor of shape {shape} extends beyond its stored numbers.")
         steps = [stride * dtype.itemsize for stride in strides]
         return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps, writeable=False)
 

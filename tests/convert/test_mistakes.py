@@ -24,9 +24,9 @@ def broken(state, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sigma_map.mlp.0.weight": None}, r"missing sigma_map\.mlp\.0\.weight keys, unknown no keys"),
-        ({"blocks.1.mlp.0.bias": None}, r"missing blocks\.1\.mlp\.0\.bias keys, unknown no keys"),
-        ({"lora.weight": np.ones(2, np.float32)}, r"missing no keys, unknown lora\.weight keys"),
+        ({"sigma_map.mlp.0.weight": None}, r"missing keys: sigma_map\.mlp\.0\.weight; unknown keys: none"),
+        ({"blocks.1.mlp.0.bias": None}, r"missing keys: blocks\.1\.mlp\.0\.bias; unknown keys: none"),
+        ({"lora.weight": np.ones(2, np.float32)}, r"missing keys: none; unknown keys: lora\.weight"),
         (
             {"blocks.0.attn_out.weight": np.ones((32, 31), np.float32)},
             r"attn_out\.weight \[32, 31\] instead of \[32, 32\]",
@@ -49,9 +49,9 @@ def test_keys_and_shapes_are_checked(tmp_path, state, asked, changes, message, l
         ({"algo": "gpt"}, "choose one of"),
         ({"algo": "ar"}, "give the right --algo"),
         ({"length": None}, "give --length"),
-        ({"length": 2}, "a length of 2 tokens cannot be"),
-        ({"heads": 4}, "are those of 2 heads"),
-        ({"tokenizer": None}, "300 ids, which is no known tokenizer's"),
+        ({"length": 2}, "a length of 2 tokens is too small"),
+        ({"heads": 4}, "belong to 2 heads"),
+        ({"tokenizer": None}, "300 ids, which fits no known tokenizer"),
         ({"tokenizer": "gpt2"}, "has 50258 ids, but the network 300"),
         ({"tokenizer": "nowhere"}, "there is no tokenizer 'nowhere'"),
     ],
@@ -67,7 +67,7 @@ def test_what_cannot_be_inferred_is_asked_for(tmp_path, state, asked, changes, m
     [
         ({"output_layer.linear.bias": np.zeros(300, np.int64)}, r"output_layer\.linear\.bias are not of a floating"),
         ({"output_layer.linear.bias": np.full(300, np.nan, np.float32)}, r"linear\.bias are not finite"),
-        ({"rotary_emb.inv_freq": np.ones(7, np.float32)}, "7 rotary frequencies fit no head"),
+        ({"rotary_emb.inv_freq": np.ones(7, np.float32)}, "7 rotary frequencies do not fit a network"),
         ({"model.output_layer.linear.bias": np.zeros(300, np.float32)}, r"holds output_layer\.linear\.bias twice"),
     ],
 )
@@ -93,8 +93,14 @@ def test_heads_without_a_rotary_buffer(tmp_path, state, asked):
         ({"graph": {"type": "uniform"}}, "uniform graph"),
         ({"noise": {"type": "geometric"}}, "noise schedule is geometric"),
         ({"graph": {"type": "absorb"}, "model": {"scale_by_sigma": False}}, "does not scale its score"),
-        ({"model_type": "mdlm", "time_conditioning": True}, "this mdlm is told the time, which it is not here"),
-        ({"algo": {"name": "duo", "time_conditioning": False}}, "this duo is not told the time, which it is here"),
+        (
+            {"model_type": "mdlm", "time_conditioning": True},
+            "mdlm has time_conditioning=True; only .*=False",
+        ),
+        (
+            {"algo": {"name": "duo", "time_conditioning": False}},
+            "duo has time_conditioning=False; only .*=True",
+        ),
     ],
 )
 def test_what_is_not_built_here_is_refused(config, message):
@@ -104,17 +110,17 @@ def test_what_is_not_built_here_is_refused(config, message):
 
 def test_an_unknown_algorithm_is_named(state, asked):
     told = infer.facts({"model_type": "udlm", "n_heads": 2, "model_length": 32})
-    with pytest.raises(duo_jax.UserError, match="tells of an algorithm 'udlm'; give --algo"):
+    with pytest.raises(duo_jax.UserError, match="names an unknown algorithm, 'udlm'; give --algo"):
         infer.network(state, told, {"tokenizer": asked["tokenizer"]})
     assert infer.network(state, told, {"algo": "duo", "tokenizer": asked["tokenizer"]})[0].algo == "duo"
 
 
 def test_damaged_and_missing_files(tmp_path, state, asked, monkeypatch):
     (tmp_path / "a.ckpt").write_bytes(b"nonsense")
-    with pytest.raises(duo_jax.UserError, match=r"no file that torch\.save wrote"):
+    with pytest.raises(duo_jax.UserError, match=r"not a file of torch\.save"):
         duo_jax.load(tmp_path / "a.ckpt", **asked)
     (tmp_path / "a.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(duo_jax.UserError, match="no safetensors file"):
+    with pytest.raises(duo_jax.UserError, match="not a safetensors file"):
         duo_jax.load(tmp_path / "a.safetensors", **asked)
     torch_files.save({"state_dict": state}, tmp_path / "raw.ckpt")
     with pytest.raises(duo_jax.UserError, match="give --no-ema"):
@@ -123,17 +129,17 @@ def test_damaged_and_missing_files(tmp_path, state, asked, monkeypatch):
     short = lightning(state)
     short["ema"]["shadow_params"].pop()
     torch_files.save(short, tmp_path / "short.ckpt")
-    with pytest.raises(duo_jax.UserError, match="are not those of its"):
+    with pytest.raises(duo_jax.UserError, match="do not match its"):
         duo_jax.load(tmp_path / "short.ckpt", **asked)
     torch_files.save({"a": 1}, tmp_path / "none.pt")
-    with pytest.raises(duo_jax.UserError, match="a are no tensors"):
+    with pytest.raises(duo_jax.UserError, match="a are not tensors"):
         duo_jax.load(tmp_path / "none.pt", **asked)
     with zipfile.ZipFile(tmp_path / "other.ckpt", "w") as file:
         file.writestr("x", "y")
     with pytest.raises(duo_jax.UserError, match=r"a zip, but not one that torch\.save wrote"):
         duo_jax.load(tmp_path / "other.ckpt", **asked)
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(duo_jax.UserError, match="no known kind"):
+    with pytest.raises(duo_jax.UserError, match="of an unknown kind"):
         duo_jax.load(tmp_path / "a.txt")
 
 
@@ -143,7 +149,7 @@ def test_a_tensor_that_reaches_beyond_its_numbers_is_refused(tmp_path, state, as
         for name in old.namelist():
             data = old.read(name)
             new.writestr(name, data[:-4] if name == "archive/data/0" else data)
-    with pytest.raises(duo_jax.UserError, match="reaches beyond its numbers"):
+    with pytest.raises(duo_jax.UserError, match="extends beyond its stored numbers"):
         duo_jax.load(tmp_path / "b.pt", **asked)
 
 
@@ -153,7 +159,7 @@ def test_a_tensor_that_begins_before_its_numbers_is_refused(tmp_path):
         tensor = archive.root["a"]
         assert archive.array(tensor).tolist() == [1.0] * 4
         for wrong in ({"offset": -1}, {"offset": 3, "strides": (-1,)}, {"shape": (-4,)}):
-            with pytest.raises(duo_jax.UserError, match="reaches beyond its numbers"):
+            with pytest.raises(duo_jax.UserError, match="extends beyond its stored numbers"):
                 archive.array(tensor._replace(**wrong))
 
 

@@ -103,7 +103,7 @@ def test_the_command_then_sampling_and_evaluation(tmp_path, state, text_folder, 
     python = command("", out, {})[0]
     done = run([python, *args])
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the file does not tell its algorithm; give --algo")
+    assert done.stderr.startswith("error: the file does not name its algorithm; give --algo")
     assert len(done.stderr.splitlines()) == 1
     done = run([python, *args, *flags])
     assert done.returncode == 0, done.stderr

@@ -96,7 +96,7 @@ def test_random_weights_of_every_size_go_round_bit_for_bit(size):
 
 
 def test_a_strange_state_dict_is_named():
-    with pytest.raises(UserError, match=r"missing .*output_layer\.linear\.weight.*unknown foo keys"):
+    with pytest.raises(UserError, match=r"missing keys: .*output_layer\.linear\.weight.*unknown keys: foo"):
         convert.from_torch({"foo": np.zeros(3), "blocks.0.norm1.weight": np.zeros(3)})
 
 
