@@ -1,8 +1,8 @@
-"""Undoes what evaluation sets did to their text: PTB, WikiText and LM1B keep words and punctuation apart by spaces.
+"""Restores the usual spacing of evaluation texts: PTB, WikiText and LM1B put spaces between words and punctuation.
 
-Networks that learnt from text as people write it are evaluated on text as people write it. The rules, and their order, are
-those that SEDD, MDLM and Duo evaluated with, including the ones that go wrong now and then (a comment tells), so that
-figures can be compared; rules of theirs that never match are left out.
+Networks that were trained on ordinary text should be evaluated on ordinary text. The rules and their order are those of
+SEDD, MDLM and Duo, so that scores can be compared. They include rules that are sometimes wrong (see the comments), and leave
+out those that never match.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from duo_jax.errors import UserError
 
 Detokenize = Callable[[str], str]
 
-# What is replaced by what, in this order: plain strings, and patterns.
+# Pairs (plain string or pattern, replacement), applied in this order.
 _Rules = tuple[tuple[str | re.Pattern[str], str], ...]
 
 _WIKITEXT: _Rules = (
@@ -34,7 +34,7 @@ _WIKITEXT: _Rules = (
     (" ° ", "°"),
     (" \n", "\n"),
     ("\n ", "\n"),
-    (" N ", " 1 "),  # PTB's mark of a number; here it also meets the letter
+    (" N ", " 1 "),  # PTB's placeholder for a number; in WikiText it is also the letter
     (" 's", "'s"),
 )
 
@@ -44,7 +44,7 @@ _PTB: _Rules = (
     (" n't", "n't"),
     (" \n ", "\n"),
     ("\\/", "/"),
-    # Twice: of two marks of a number with one space between them, one pass sees the first only.
+    # Twice, because one pass replaces only the first of two numbers with a single space between them.
     (" N ", " 1 "),
     (" N ", " 1 "),
     ("$ 1", "$1"),
@@ -55,7 +55,7 @@ _PTB: _Rules = (
 _LM1B: _Rules = (
     ("http : / / ", "http://"),
     ("https : / / ", "https://"),
-    (re.compile(r" '(\w+)"), r"'\1"),  # the opening quote of a word, too
+    (re.compile(r" '(\w+)"), r"'\1"),  # wrong for the opening quote of a word
     (re.compile(r" (\w+) \. "), r" \1. "),
     (re.compile(r" (\w+) \.$"), r" \1."),
     (" ? ", "? "),
@@ -80,7 +80,7 @@ def _apply(rules: _Rules, text: str) -> str:
 
 
 def none(text: str) -> str:
-    """Returns the text as it is: AG News, and text of your own."""
+    """Returns the text unchanged: for AG News, and for your own text."""
     return text
 
 
@@ -100,12 +100,12 @@ def lm1b(text: str) -> str:
 
 
 def lambada(text: str) -> str:
-    """Returns a passage of LAMBADA with straight double quotes, on a line of its own."""
+    """Returns a passage of LAMBADA with straight double quotes, after a line break."""
     return "\n" + text.replace("“", '"').replace("”", '"').strip()
 
 
 def scientific_papers(text: str) -> str:
-    """Returns an article of arXiv or PubMed: the rules of WikiText, and then those of LM1B."""
+    """Returns an article of arXiv or PubMed after the rules of WikiText and then those of LM1B."""
     return lm1b(wikitext(text))
 
 
@@ -117,7 +117,7 @@ def by_name(name: str) -> Detokenize:
     """Returns one of the functions above.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: the name is unknown.
     """
     if name not in _ALL:
         raise UserError(f"config.eval.detokenizer is {name!r}; choose one of {', '.join(NAMES)}.")

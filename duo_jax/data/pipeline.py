@@ -1,6 +1,6 @@
-"""Batches for training and evaluation out of prepared token shards, through grain.
+"""Batches for training and evaluation, read from prepared token shards with grain.
 
-Training order is a function of the seed and the batch number alone: not of the number of processes, workers or threads.
+The training order depends only on the seed and the batch number, not on the number of processes, workers or threads.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from duo_jax.errors import UserError
 
 
 class TrainIterator(grain.DatasetIterator):
-    """Yields batches forever and can say, and be told, where it is; made by `train_iterator`."""
+    """Yields batches forever, and can save and restore its position; made by `train_iterator`."""
 
     def __init__(
         self,
@@ -43,25 +43,25 @@ class TrainIterator(grain.DatasetIterator):
             raise ValueError("the iterator is closed")
         batch = next(self._running())
         self._yielded += 1
-        # Worker processes hand over shared memory that is unlinked with the array; callers get arrays of their own.
+        # Copied, because an array from a worker process is in shared memory that is freed with it.
         return {key: np.array(value) for key, value in batch.items()} if self._workers else batch
 
     def get_state(self) -> dict[str, Any]:
-        """Returns how many batches have been yielded, and of what data: a dictionary that survives JSON."""
+        """Returns the number of batches yielded and the identity of the data, as a dictionary of JSON types."""
         return {"batches": self._yielded, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where `get_state` was called; the batches that follow are the same, bit for bit.
+        """Moves to the position where `get_state` was called; the batches that follow are the same, bit for bit.
 
         Raises:
-            UserError: the state belongs to other data, another seed, batch size, length or packing.
+            UserError: the state belongs to other data or to another seed, batch size, length or packing.
         """
         for key, value in self._identity.items():
             if key == "content_hash" and state.get(key) != value:
                 raise UserError(
-                    f"The data cannot go on where the checkpoint stopped: the token shards in {self._folder} are others "
-                    "than it was trained on, so the text, its tokenizer or a setting of config.data behind them has "
-                    "changed; put that back, or start in a new workdir."
+                    f"The data cannot go on where the checkpoint stopped: the token shards in {self._folder} differ from "
+                    "those it was trained on, because the text, its tokenizer or a setting of config.data has changed; "
+                    "restore it, or start in a new workdir."
                 )
             if state.get(key) != value:
                 raise UserError(
@@ -72,7 +72,7 @@ class TrainIterator(grain.DatasetIterator):
         self._yielded = int(state["batches"])
 
     def start_prefetch(self) -> None:
-        """Begins to read ahead without waiting for the first `next`."""
+        """Starts to read ahead, before the first `next`."""
         self._running().start_prefetch()
 
     def close(self) -> None:
@@ -86,11 +86,11 @@ class TrainIterator(grain.DatasetIterator):
 
     def _running(self) -> grain.DatasetIterator:
         if self._iterator is None:
-            # The position is an index into an endless list of batches, so grain's own state, which depends on its
-            # version and on the number of workers, is not needed.
+            # The position is an index into an endless list of batches. grain's own state is not used: it depends on its
+            # version and on the number of workers.
             batches = self._batches[self._yielded :].to_iter_dataset(self._options)
             if self._workers:
-                if not flags.FLAGS.is_parsed():  # grain reads a flag of its own, also where no command line is parsed
+                if not flags.FLAGS.is_parsed():  # grain reads one of its own flags, even without a command line
                     flags.FLAGS.mark_as_parsed()
                 options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=max(1, self._prefetch))
                 batches = batches.mp_prefetch(options)
@@ -118,20 +118,20 @@ def train_iterator(
 ) -> TrainIterator:
     """Returns an endless iterator over shuffled batches of the training split.
 
-    Every epoch is a new permutation of all rows from `seed`; the rows that do not fill the last batch of an epoch are
-    left out of that epoch. Process p gets rows `[p b, (p + 1) b)` of each global batch, with `b = batch_size /
-    process_count`, so the global batches are the same however many processes there are.
+    Every epoch is a new permutation of all rows, from `seed`, without the rows that do not fill its last batch. Process p
+    gets rows `[p b, (p + 1) b)` of each global batch, with `b = batch_size / process_count`, so the global batches do not
+    depend on the number of processes.
 
     Args:
         folder: what `prepare` returned.
         length: L, the length of a row.
         batch_size: the global batch size.
-        seed: of the order of the rows.
+        seed: determines the order of the rows.
         packing: `packed` or `padded`.
         process_index, process_count: which slice of each global batch to yield.
         workers: processes that read and pack; 0 does it in this process.
         threads: threads that read ahead, in each worker process or in this one.
-        prefetch: batches to read ahead, in each worker process or in this one; 0 reads when asked.
+        prefetch: batches to read ahead, in each worker process or in this one; 0 reads each batch when it is needed.
 
     Returns:
         an iterator over `{"tokens": int32 [b, L], "mask": float32 [b, L]}` with `get_state`, `set_state` and `close`.
@@ -151,7 +151,7 @@ def train_iterator(
             f"{folder} has {len(rows):,} training rows of length {length}, fewer than one batch of {batch_size}; "
             "lower the batch size or the length, or give more text."
         )
-    # Adjacent seeds must not share epochs, and grain counts the epoch on to the seed.
+    # Hashed, because grain adds the epoch to the seed, and adjacent seeds must not share epochs.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     whole = len(rows) // batch_size * batch_size
     order = grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed)[:whole].batch(batch_size)
@@ -172,7 +172,7 @@ class _TakeSlice:
 
 
 class HeldoutBatches:
-    """The held-out rows in order, in batches of one shape: a sequence that can be gone through again and again."""
+    """The held-out rows in order, in batches of one shape; can be iterated over repeatedly."""
 
     def __init__(self, rows: Rows, pad_id: int, batch_size: int, start: int, local: int, count: int) -> None:
         self._rows, self._pad_id = rows, pad_id
@@ -187,7 +187,7 @@ class HeldoutBatches:
     def _batch(self, index: int) -> Batch:
         first = index * self._batch_size + self._start
         indices = np.arange(first, first + self._local)
-        # Rows past the end repeat the last one, to be overwritten.
+        # Rows past the end repeat the last row here and are overwritten below.
         batch = self._rows.take(np.minimum(indices, len(self._rows) - 1))
         missing = indices >= len(self._rows)
         batch["tokens"][missing], batch["mask"][missing] = self._pad_id, 0
@@ -206,21 +206,21 @@ def heldout_batches(
 ) -> HeldoutBatches:
     """Returns the batches of the held-out split, or of a whole text set, the same every time.
 
-    The last batch is filled up with rows of PAD whose mask is 0, so that the shape never changes.
+    The last batch is filled up with rows of PAD whose mask is 0, so that all batches have one shape.
 
     Args:
-        folder: what `prepare` returned, or the tokens themselves, as of `text_sets.read`.
+        folder: what `prepare` returned, or the tokens themselves, from `text_sets.read`.
         length: L, the length of a row.
         batch_size: the global batch size.
         packing: `packed` or `padded`.
-        max_batches: stop after so many; all if None.
+        max_batches: the largest number of batches; None for all.
         process_index, process_count: which slice of each global batch to yield, as in `train_iterator`.
 
     Returns:
         a sized iterable over `{"tokens": int32 [b, L], "mask": float32 [b, L]}`.
 
     Raises:
-        UserError: the shards are missing or damaged, or hold not one row, or a setting is out of range.
+        UserError: the shards are missing or damaged, or hold less than one row, or a setting is out of range.
     """
     local = _local_size(batch_size, process_index, process_count)
     store = TokenStore(folder, HELDOUT) if isinstance(folder, str | Path) else folder
@@ -240,17 +240,17 @@ def heldout_batches(
 def unigram_counts(
     folder: str | Path, length: int, packing: str = "packed", max_rows: int | None = None, *, verbose: bool = False
 ) -> np.ndarray:
-    """Counts the ids in the rows that training sees, BOS and EOS included and padding left out.
+    """Counts the ids in the training rows, including BOS and EOS but not padding.
 
     Args:
         folder: what `prepare` returned.
         length: L, the length of a row.
         packing: `packed` or `padded`.
-        max_rows: count at most so many rows, evenly spaced, instead of all of them.
+        max_rows: the largest number of rows to count, evenly spaced; None for all.
         verbose: show a progress bar on stderr.
 
     Returns:
-        int64 `[K]`.
+        the counts, int64 `[K]`.
 
     Raises:
         UserError: the shards are missing or damaged, or a setting is out of range.

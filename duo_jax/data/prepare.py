@@ -1,9 +1,9 @@
-"""Text to token shards, once.
+"""Turns text into token shards, once.
 
     python -m duo_jax.data.prepare --config=configs/quickstart.py [--config.data.KEY=VALUE ...]
 
-Training calls `prepare` by itself, so the command is only needed to do it beforehand; on a finished folder it checks
-every hash. The 5M characters of `wiki` take a few seconds.
+Training calls `prepare` by itself; the command does it beforehand, or checks every hash of a finished folder. The 5M
+characters of `wiki` take a few seconds.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from duo_jax.data import shards, sources, text_files, tokenizers
 from duo_jax.errors import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
-# A BPE of a few thousand merges is settled long before this; more text would only take more memory and time.
+# Far more than a BPE of a few thousand merges needs; more text would only take more memory and time.
 BPE_TRAINING_CHARACTERS = 10**9
 
-# Where tokenizers lay that were given by their paths and are the one in the folder, a path a line.
+# The paths, one per line, by which the tokenizer of a folder was given.
 _TOKENIZER_PATHS = "tokenizer_paths.txt"
 
 _BATCH_CHARACTERS = 4_000_000
 
 
 def shards_folder(data: Any) -> Path:
-    """Returns where the shards of a `config.data` block belong, e.g. `data/wiki-bpe512`, whether or not they exist.
+    """Returns the folder for the shards of a `config.data` block, e.g. `data/wiki-bpe512`, whether or not it exists.
 
-    A tokenizer that is given by its path counts by its content. Where it is gone from there, the shards that were made
-    with it are found all the same.
+    The name depends on the content of a tokenizer that is given by its path. If that path no longer exists, the shards that
+    were made with it are still found.
 
     Raises:
-        UserError: the source or the tokenizer is unknown, or shards were made with several that lay at its path.
+        UserError: the source or the tokenizer is unknown, or different tokenizers at its path have made shards.
     """
     if data.source not in sources.NAMES:
         raise UserError(f"Unknown data source {data.source!r}; choose one of {', '.join(sources.NAMES)}.")
@@ -58,14 +58,14 @@ def _is_gone(tokenizer: str) -> bool:
 
 
 def _made_with(stem: Path, tokenizer: str) -> Path | None:
-    """Returns the shards of a text that were made with a tokenizer that is gone from its path, if there are any."""
+    """Returns the shards of a text that were made with a tokenizer whose path no longer exists, or None."""
     labels = tokenizers.LABELS_OF_PATHS
     folders = sorted(folder for label in labels for folder in stem.parent.glob(f"{stem.name}-{label}*"))
     found = [folder for folder in folders if _absolute(tokenizer) in _paths_of(folder)]
     if len(found) > 1:
         raise UserError(
-            f"The tokenizer {tokenizer} is gone, and {' and '.join(map(str, found))} were made with different ones that lay "
-            f"there; copy the right one back, from the folder {TOKENIZER_FOLDER} in one of them or in a run's workdir."
+            f"The tokenizer {tokenizer} is gone, and {' and '.join(map(str, found))} were made with different tokenizers at "
+            f"that path; copy the right one back, from the folder {TOKENIZER_FOLDER} in one of them or in a run's workdir."
         )
     return found[0] if found else None
 
@@ -75,20 +75,20 @@ def _absolute(tokenizer: str) -> str:
 
 
 def _paths_of(folder: Path) -> list[str]:
-    """Returns where the tokenizer of a prepared folder lay, each time that it was given by a path."""
+    """Returns the paths by which the tokenizer of a prepared folder was given."""
     file = folder / _TOKENIZER_PATHS
     return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
 
 
 def _note_path(folder: Path, tokenizer: str) -> None:
-    """Keeps where a tokenizer lies, so that its shards are still found when it is gone from there."""
+    """Records a tokenizer's path in the folder, so that its shards are still found if the tokenizer is moved."""
     if tokenizers.path_of(tokenizer) and not _is_gone(tokenizer) and _absolute(tokenizer) not in _paths_of(folder):
         with (folder / _TOKENIZER_PATHS).open("a", encoding="utf-8") as file:
             file.write(_absolute(tokenizer) + "\n")
 
 
 def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
-    """Returns the tokenizer that a prepared folder was made with.
+    """Returns the tokenizer with which a prepared folder was made.
 
     Raises:
         UserError: it is missing or damaged.
@@ -97,11 +97,11 @@ def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
 
 
 def prepare(data: Any, *, verbose: bool = True) -> Path:
-    """Makes the token shards that a `config.data` block describes, unless they are there already.
+    """Makes the token shards that a `config.data` block describes, unless they exist.
 
-    The folder appears in one rename when all of it is on the disk: a process that is killed leaves nothing that a
-    reader could take for shards, and the next call removes what it left. Two processes that prepare the same folder
-    take turns, and the second finds it done.
+    The folder is renamed to its final name when all of it is on the disk: a killed process leaves nothing that could be
+    mistaken for shards, and the next call removes what it left. If two processes prepare the same folder, the second waits
+    for the first and uses its shards.
 
     Args:
         data: the config block, with `source`, `path`, `field`, `tokenizer`, `bpe_size` and `dir`.
@@ -117,7 +117,7 @@ def prepare(data: Any, *, verbose: bool = True) -> Path:
     folder = shards_folder(data)
     if folder.exists():
         _check(folder, data)
-        with contextlib.suppress(OSError):  # shards that others keep may be read-only
+        with contextlib.suppress(OSError):  # other people's shards may be read-only
             _note_path(folder, data.tokenizer)
         return folder
 
@@ -135,7 +135,7 @@ def prepare(data: Any, *, verbose: bool = True) -> Path:
 
 
 def summary(folder: str | Path) -> str:
-    """Returns a few lines on what a prepared folder holds.
+    """Returns a few lines about the content of a prepared folder.
 
     Raises:
         UserError: there are no shards, or they are damaged.
@@ -147,37 +147,37 @@ def summary(folder: str | Path) -> str:
         per_token = split["characters"] / split["tokens"]
         lines.append(
             f"  {name:8}{split['documents']:>12,} documents{split['tokens']:>16,} tokens"
-            f"{len(split['shards']):>5} shards{per_token:>7.2f} characters a token"
+            f"{len(split['shards']):>5} shards{per_token:>7.2f} characters per token"
         )
     return "\n".join(lines)
 
 
 def _check(folder: Path, data: Any) -> None:
-    """Raises UserError unless the folder's shards are whole and made from what `data` names."""
+    """Raises UserError unless the folder's shards are complete and match `data`."""
     metadata = shards.read_metadata(folder)
     found = (metadata["source"]["name"], metadata["tokenizer"]["name"], metadata["tokenizer"]["vocab_size"])
     if _is_gone(data.tokenizer):
-        wanted = (data.source, *found[1:])  # the shards were found by its path
+        wanted = (data.source, *found[1:])  # the folder was found by the tokenizer's path
     else:
         wanted = (data.source, tokenizers.kind(data.tokenizer), tokenizers.vocab_size(data.tokenizer, data.bpe_size))
     if found != wanted:
         raise UserError(
-            f"{folder} was made from {found[0]} with the tokenizer {found[1]} of {found[2]} ids, not from {wanted[0]} "
-            f"with {wanted[1]} of {wanted[2]}; remove it, or set another config.data.dir."
+            f"{folder} was made from {found[0]} with the tokenizer {found[1]} ({found[2]} ids), not from {wanted[0]} with "
+            f"{wanted[1]} ({wanted[2]} ids); remove it, or set another config.data.dir."
         )
     try:
         identity = _open_source(data).identity
     except UserError:
-        return  # the text is no longer here, and is no longer needed
+        return  # the text is gone, and no longer needed
     if identity != metadata["source"]["identity"]:
         raise UserError(
             f"The text of {data.source} has changed since {folder} was made from it; remove the folder to prepare it "
-            "anew, or set another config.data.dir."
+            "again, or set another config.data.dir."
         )
 
 
 def _field(data: Any) -> str:
-    return data.get("field", text_files.FIELD)  # runs of earlier versions kept configs without it
+    return data.get("field", text_files.FIELD)  # configs saved by earlier versions lack it
 
 
 def _open_source(data: Any) -> sources.Source:
@@ -189,7 +189,7 @@ def _make(folder: Path, data: Any, verbose: bool) -> None:
     if verbose and data.path and (path := Path(data.path).expanduser()).is_dir():
         print(text_files.about_files(path), file=sys.stderr)
     if isinstance(source, sources.TextFiles):
-        source.check_splits()  # before a BPE is learnt and everything is tokenized in vain
+        source.check_splits()  # before the work of learning a BPE and tokenizing
     partial = folder.with_name(f".{folder.name}.partial")
     _remove_leftovers(folder)
     partial.mkdir()
@@ -217,7 +217,7 @@ def _tokenizer(source: sources.Source, data: Any, verbose: bool) -> tokenizers.T
 
 
 def _first_characters(source: sources.Source, size: int, verbose: bool) -> Iterator[str]:
-    """Streams what a BPE of so many ids is trained on, and says where the time goes when all of it has been read."""
+    """Streams the text on which a BPE of `size` ids is trained; at the end prints that learning it takes time."""
     total = 0
     with progress.bar(
         iterable=source.documents(),
@@ -233,8 +233,8 @@ def _first_characters(source: sources.Source, size: int, verbose: bool) -> Itera
             if total >= BPE_TRAINING_CHARACTERS:
                 break
     if verbose:
-        told = f"learning a BPE of {size:,} ids from {total:,} characters, which takes minutes where there are many ..."
-        print(told, file=sys.stderr, flush=True)
+        message = f"learning a BPE of {size:,} ids from {total:,} characters (minutes, if there are many) ..."
+        print(message, file=sys.stderr, flush=True)
 
 
 def _write_splits(
@@ -256,7 +256,7 @@ def _write_splits(
         totals = {key: sum(entry[key] for entry in writer.entries) for key in ("documents", "tokens")}
         if not totals["documents"]:
             raise UserError(
-                f"The {split} split came out empty, for the text has too few documents; give more, or a whole copy."
+                f"The {split} split is empty, because the text has too few documents; give more text, or a whole copy."
             )
         splits[split] = totals | {"characters": characters[split], "shards": writer.entries}
     return {
@@ -269,7 +269,7 @@ def _write_splits(
 
 
 def batches(documents: sources.Documents) -> Iterator[list[tuple[str, str]]]:
-    """Groups documents into batches of a few million characters: enough to keep all cores busy, little to hold."""
+    """Groups documents into batches of a few million characters: enough to keep all cores busy, with little memory."""
     batch: list[tuple[str, str]] = []
     size = 0
     for split, text in documents:
@@ -291,9 +291,9 @@ def _sync(path: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed preparations left beside `folder`, whose own lock is held.
+    """Removes what killed preparations left beside `folder`, whose own lock this process holds.
 
-    What another preparation is still writing is locked, and stays; so does what might be, on a disk without locks.
+    Leaves what another preparation is still writing, which is locked; on a disk without locks, leaves all but its own.
     """
     for partial in folder.parent.glob(".*.partial"):
         path = _lock_path(partial.with_name(partial.name[1:].removesuffix(".partial")))
@@ -312,7 +312,7 @@ def _lock_path(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Turns the disk's errors into one sentence on what to do."""
+    """Turns an OSError into a UserError with advice."""
     try:
         yield
     except OSError as error:
@@ -328,12 +328,12 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def main(config: Any) -> None:
-    """Prepares what `config.data` describes, or checks every hash of what is already there, and prints a summary."""
+    """Prepares the data of `config.data`, or checks every hash if they exist, and prints a summary."""
     done = shards_folder(config.data).exists()
     folder = prepare(config.data)
     if done:
         shards.verify(folder)
-        print(f"{summary(folder)}\n  already there; every hash is right", file=sys.stderr)
+        print(f"{summary(folder)}\n  prepared before; all hashes are right", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Token shards on disk: how they are written, described, checked and read.
+"""Writes, describes, checks and reads token shards on disk.
 
 A folder holds, for each split, files `train-00000.tokens` (flat ids, little-endian uint16 or uint32, every document
-followed by EOS) and `train-00000.ends` (int64: where each document ends in its shard, EOS included), a folder
-`tokenizer/`, and `metadata.json`, which is written last and says all that is needed to read and verify the rest. Where
-the tokenizer was given by its path, `tokenizer_paths.txt` keeps that, for the day when it is gone from there.
-Documents never span shards; rows of a batch may.
+followed by EOS) and `train-00000.ends` (int64: the end of each document in its shard, including EOS), a folder
+`tokenizer/`, and `metadata.json`, which is written last and holds all that is needed to read and verify the rest. If the
+tokenizer was given by its path, `tokenizer_paths.txt` records that path, by which the shards are found if the tokenizer is
+gone. Documents never span shards; rows of a batch may.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class ShardWriter:
     """Writes the documents of one split, one shard file after another, with bounded memory.
 
-    `close` makes everything durable; then `entries` describes the shards, in the form that metadata.json keeps.
+    `close` flushes everything to the disk; then `entries` describes the shards, in the form used in metadata.json.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
@@ -75,7 +75,7 @@ class ShardWriter:
 
 
 def sync_and_close(file: Any) -> None:
-    """Flushes a file to the disk, so that a rename that follows never shows it half written."""
+    """Flushes a file to the disk before closing it, so that it is complete when its folder is renamed."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
@@ -88,10 +88,10 @@ def content_hash(splits: dict[str, Any]) -> str:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """Reads metadata.json and checks that every shard has the size that it states.
+    """Reads metadata.json and checks that every shard has the size stated there.
 
     Raises:
-        UserError: there are no shards here, they are of another format, or they are damaged.
+        UserError: there are no shards, they have another format, or they are damaged.
     """
     path = folder / METADATA
     if not path.is_file():
@@ -100,7 +100,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         metadata = json.loads(path.read_text(encoding="utf-8"))
         if metadata["format_version"] != FORMAT_VERSION:
             raise UserError(
-                f"{folder} was written in format {metadata['format_version']}, and this version reads format "
+                f"{folder} was written in format {metadata['format_version']}, but this version reads format "
                 f"{FORMAT_VERSION}; remove the folder and prepare the data again."
             )
         for file, size, _ in _files(folder, metadata):
@@ -113,7 +113,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Reads every shard and compares its hash with the metadata, which is returned.
+    """Compares the hash of every shard with the metadata, and returns the metadata.
 
     Raises:
         UserError: as `read_metadata`, or a shard's content has changed.
@@ -127,12 +127,12 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 class TokenStore:
-    """One split, read by memory map: any stretch of its token stream, or any document.
+    """One split, read by memory map: any part of its token stream, or any document.
 
-    Opens nothing until it is read and pickles as its paths, so that worker processes map the files themselves.
+    Opens the files at the first read, and pickles only their paths, so that each worker process maps them itself.
 
     Attributes:
-        tokens, documents: how many there are.
+        tokens, documents: their numbers.
         metadata: the content of metadata.json.
 
     Raises:
@@ -154,7 +154,7 @@ class TokenStore:
         return self.__dict__ | {"_maps": {}}
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Returns ids `[count]` (fewer at the end of the split) from a position of the whole stream."""
+        """Returns `count` ids (fewer at the end of the split) from position `start` of the whole stream."""
         pieces = []
         shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
         while count > 0 and shard < len(self._paths):
@@ -173,16 +173,16 @@ class TokenStore:
     def _map(self, shard: int, suffix: str, dtype: np.dtype) -> np.ndarray:
         path = self._paths[shard].with_suffix(suffix)
         if path not in self._maps:
-            # A plain array over the map: numpy's own memmap class makes every slice ten times slower.
+            # A plain array over the map: slicing numpy's memmap class takes ten times as long.
             self._maps[path] = np.asarray(np.memmap(path, dtype, mode="r"))
         return self._maps[path]
 
 
 class MemoryStore:
-    """As `TokenStore`, of documents that are in memory.
+    """Like `TokenStore`, for documents in memory.
 
     Attributes:
-        tokens, documents: how many there are.
+        tokens, documents: their numbers.
         metadata: `{"tokenizer": its facts}`.
     """
 
@@ -190,9 +190,9 @@ class MemoryStore:
         """Joins the ids of documents.
 
         Args:
-            name: what messages call it.
+            name: its name in messages.
             documents: at least one.
-            tokenizer: what `Tokenizer.facts` said.
+            tokenizer: what `Tokenizer.facts` returned.
             ended: whether each document ends in EOS.
         """
         self.metadata = {"tokenizer": tokenizer}
@@ -205,11 +205,11 @@ class MemoryStore:
         return self._name
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Returns ids `[count]` (fewer at the end) from a position of the whole stream."""
+        """Returns `count` ids (fewer at the end) from position `start` of the whole stream."""
         return self._ids[start : start + count]
 
     def document(self, index: int) -> np.ndarray:
-        """Returns the ids of one document, without an EOS that ends it."""
+        """Returns the ids of one document, without any EOS that ends it."""
         return self._ids[self._starts[index] : self._starts[index + 1] - self._last]
 
 

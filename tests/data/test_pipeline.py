@@ -176,7 +176,7 @@ def test_state_of_other_data(folder, data, tmp_path):
     other = data_config(tmp_path, path=data.path, bpe_size=280)
     shards_of_other = prepare.prepare(other, verbose=False)
     with pytest.raises(
-        UserError, match=rf"shards in {shards_of_other} are others .*text, its tokenizer or a setting"
+        UserError, match=rf"shards in {shards_of_other} differ from .*text, its tokenizer or a setting"
     ) as told:
         train(shards_of_other).set_state(train(folder).get_state())
     assert "hash" not in str(told.value)
@@ -188,7 +188,7 @@ def test_state_of_the_same_documents_in_another_order(folder, texts, tmp_path):
     other = prepare.prepare(data_config(tmp_path, path=str(path), tokenizer=str(folder / "tokenizer")), verbose=False)
     stores = [shards.TokenStore(place, "train") for place in (folder, other)]
     assert stores[0].tokens == stores[1].tokens
-    with pytest.raises(UserError, match="are others"):
+    with pytest.raises(UserError, match="differ from"):
         train(other).set_state(train(folder).get_state())
 
 

@@ -86,7 +86,7 @@ class TestTextFiles:
         assert [text for _, text in sources.open_source("text", folder).documents()] == ["one"]
         assert [text for _, text in sources.open_source("text", folder / ".b.txt").documents()] == ["stale"]
         (folder / "a.txt").unlink()
-        with pytest.raises(UserError, match=r"holds no text; .*names that do not begin with a dot"):
+        with pytest.raises(UserError, match=r"holds no text; .*whose names do not begin with a dot"):
             sources.open_source("text", folder)
 
     def test_what_is_told_of_a_folder(self, tmp_path):
@@ -117,7 +117,9 @@ class TestTextFiles:
         write_jsonl(path, [*train, heldout])
         sources.open_source("text", path).check_splits()
         write_jsonl(path, train)
-        with pytest.raises(UserError, match=r"holds 3 documents, .*one in 20 .*the heldout split .*a line as \.jsonl"):
+        with pytest.raises(
+            UserError, match=r"holds 3 documents, .*one in 20 .*the heldout split .*per line as \.jsonl"
+        ):
             sources.open_source("text", path).check_splits()
         write_jsonl(path, [heldout])
         with pytest.raises(UserError, match=r"holds 1 document, .*the train split"):
@@ -161,7 +163,8 @@ class TestTextFiles:
         source = sources.open_source("text", tmp_path)
         for read in (lambda: list(source.documents()), source.count):
             with pytest.raises(
-                UserError, match=rf"no JSON in line 201 of .*a{suffix} \(Expecting value, column 10\); mend"
+                UserError,
+                match=rf"no JSON in line 201 of .*a{suffix} \(Expecting value, column 10\); correct or remove",
             ):
                 read()
 
@@ -173,14 +176,14 @@ class TestTextFiles:
                 r"line 3 of .*a.jsonl, which is an object with id, texts",
             ),
             (b"{}", r"line 1 of .*a.jsonl, which is an object with nothing"),
-            (b'["text"]\n', r"line 1 of .*a.jsonl, which is no JSON object"),
+            (b'["text"]\n', r"line 1 of .*a.jsonl, which is not a JSON object"),
             (b'{"text": "one"}\n{"text": null}\n', r"line 2 of .*a.jsonl, but null"),
             (b'{"text": ["one"]}', r"line 1 of .*a.jsonl, but \['one'\]"),
         ],
     )
     def test_rows_without_the_field(self, content, what, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(content)
-        with pytest.raises(UserError, match=rf"no text in the field `text` of {what}; set config\.data\.field to what"):
+        with pytest.raises(UserError, match=rf"no text in the field `text` of {what}; set config\.data\.field to the"):
             list(sources.open_source("text", tmp_path).documents())
 
     @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -192,7 +195,7 @@ class TestTextFiles:
     @pytest.mark.parametrize(("name", "content"), [("a.txt", b"\n \n"), ("a.jsonl", b'{"text": ""}\n'), ("a.txt", b"")])
     def test_no_text_in_the_files(self, name, content, tmp_path):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="holds no text but white space"):
+        with pytest.raises(UserError, match="holds only white space"):
             list(sources.open_source("text", tmp_path).documents())
 
     def test_parquet_without_the_field(self, tmp_path):
@@ -265,7 +268,7 @@ class TestHubCopies:
 
     def test_part_of_lm1b(self, tmp_path):
         write_parquet(tmp_path / "train-0.parquet", ["one ."])
-        with pytest.raises(UserError, match="not a whole copy of lm1b"):
+        with pytest.raises(UserError, match="not a complete copy of lm1b"):
             list(sources.open_source("lm1b", tmp_path).documents())
         write_parquet(tmp_path / "other.parquet", ["one ."])
         with pytest.raises(UserError, match="belongs to no split"):

@@ -272,7 +272,7 @@ class TestVocabFile:
             read(str(tmp_path / "vocab.txt"))
         with pytest.raises(UserError, match="is not a BERT vocabulary; it needs the lines"):
             read(self.write(tmp_path / "vocab.txt", ["the", "cat"]))
-        with pytest.raises(UserError, match="has a line twice"):
+        with pytest.raises(UserError, match="repeats a line"):
             read(self.write(tmp_path / "vocab.txt", [*self.WORDS, "cat"]))
 
     def test_what_is_told_where_it_is_missing(self, monkeypatch):
@@ -412,14 +412,14 @@ class TestHuggingFace:
         with pytest.raises(UserError, match=r"of a kind \(BPE\)"):
             tokenizers.load(self.save(model, tmp_path))
         model = hf.Tokenizer(hf.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-        with pytest.raises(UserError, match=r"no token that ends a document; name one .* as eos_token"):
+        with pytest.raises(UserError, match=r"no token for the end of a document; name one .* as eos_token"):
             tokenizers.load(self.save(model, tmp_path))
         model = hf.Tokenizer(hf.models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 5}, unk_token="[UNK]"))
         with pytest.raises(UserError, match=r"4 tokens with ids up to 5, .*no gaps"):
             tokenizers.load(self.save(model, tmp_path))
         model = hf.Tokenizer(hf.models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 2}, unk_token="[UNK]"))
         model.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
-        with pytest.raises(UserError, match=r"turns the text '\[SEP\]' into its special token"):
+        with pytest.raises(UserError, match=r"encodes the text '\[SEP\]' as its special token"):
             tokenizers.load(self.save(model, tmp_path))
         (tmp_path / "tokenizer.json").write_text("{")
         with pytest.raises(UserError, match="is damaged"):

@@ -92,7 +92,7 @@ def test_the_rows_of_a_text_may_call_it_anything(trained, tmp_path, door):
         '{"text": "A road.", "body": "A town."}\n{"body": "A river and its long banks."}\n', encoding="utf-8"
     )
     model = {"x": judged_texts.Model(api.load(trained), "x at step 20", None)}
-    with pytest.raises(UserError, match=r"field `text` of line 2 of .*; set --field to what the rows call their text"):
+    with pytest.raises(UserError, match=r"field `text` of line 2 of .*; set --field to the field that holds the text"):
         door(f"--models=x={trained}", f"--heldout={file}", f"--out={tmp_path}")
     args = types.SimpleNamespace(heldout=str(file), field="body", num=1, length=16)
     about, read = judged_texts.reference(args, model, {})
