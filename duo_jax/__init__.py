@@ -4,7 +4,7 @@
     print(duo_jax.sample(params, n_steps=4).text[0])
     print(duo_jax.score(params, "The history of the town begins in 1204."))
 
-The names are loaded at first use, so that `import duo_jax` is quick and starts no device.
+Names are imported at their first use, so that `import duo_jax` is quick and starts no device.
 """
 
 from __future__ import annotations

@@ -203,9 +203,8 @@ def read(path_or_name: str | Path, *, ema: bool = True, **asked: Any) -> Params:
         UserError: there is nothing, its layout is unknown, or a fact is neither stated nor given.
     """
     path, folder = _open(path_or_name)
-    config = (
-        _config(folder) if path.name in _FOLDER_FILES else {}
-    )  # the config beside another file may be another model's
+    # The config beside another file may be another model's.
+    config = _config(folder) if path.name in _FOLDER_FILES else {}
     averaged = None
     if path.suffix == ".safetensors":
         state = arrays.unprefixed(_safetensors(path))

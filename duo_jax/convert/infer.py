@@ -99,13 +99,13 @@ def _tokenizer(vocab_size: int, asked: str | None) -> tuple[str, int]:
     return asked if asked in sizes else str(folder), mask_id
 
 
-def _heads(state: Mapping[str, Any], dim: int, blocks: int, told: int | None, asked: int | None) -> int:
+def _heads(state: Mapping[str, Any], dim: int, blocks: int, stated: int | None, asked: int | None) -> int:
     """Returns the number of heads: from the rotary buffer, else the caller, the file's config or the usual sizes."""
     buffer = state.get(INVERSE_FREQUENCY)
     if buffer is not None and buffer.size and dim % (2 * buffer.size):
         raise UserError(f"the file's {buffer.size} rotary frequencies do not fit a network of width {dim}.")
     usual = next((size[2] for size in SIZES.values() if size[:2] == (dim, blocks)), None)
-    heads = _first(dim // (2 * buffer.size) if buffer is not None and buffer.size else None, asked, told, usual)
+    heads = _first(dim // (2 * buffer.size) if buffer is not None and buffer.size else None, asked, stated, usual)
     if heads is None:
         raise UserError(f"{blocks} blocks of width {dim} are not a usual size; give the number of --heads.")
     if asked is not None and asked != heads:
@@ -115,12 +115,12 @@ def _heads(state: Mapping[str, Any], dim: int, blocks: int, told: int | None, as
     return heads
 
 
-def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[Network, str]:
+def network(state: Mapping[str, Any], stated: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[Network, str]:
     """Returns the network of a state dict in the reference's layout, and its tokenizer.
 
     Args:
         state: {the reference's key, without prefix: array}, known to be complete (see `arrays.from_torch`).
-        told: what `facts` returned.
+        stated: what `facts` returned.
         asked: what the caller gave: `algo`, `heads`, `length`, `tokenizer`, each of which may be None.
 
     Raises:
@@ -129,9 +129,9 @@ def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[st
     vocab_size, dim = state["vocab_embed.embedding"].shape
     blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     causal = "sigma_map.mlp.0.weight" not in state
-    algo = _first(asked.get("algo"), told.get("algo"), "ar" if causal else None)
+    algo = _first(asked.get("algo"), stated.get("algo"), "ar" if causal else None)
     if algo is None:
-        unknown = told.get("unknown_algo")
+        unknown = stated.get("unknown_algo")
         which = f"names an unknown algorithm, {unknown!r}" if unknown else "does not name its algorithm"
         raise UserError(
             f"the file {which}; give --algo (in Python: algo=), one of "
@@ -142,13 +142,13 @@ def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[st
     if (algo == "ar") != causal:
         has = "no noise level among its inputs, so it is autoregressive" if causal else "a noise level among its inputs"
         raise UserError(f"the algorithm was given as {algo}, but the network has {has}; give the right --algo.")
-    length = _first(asked.get("length"), told.get("length"))
+    length = _first(asked.get("length"), stated.get("length"))
     if length is not None and length < 3:
         raise UserError(f"a length of {length} tokens is too small; give the right --length (in Python: length=).")
     if length is None:
         raise UserError("the file does not state the network's length in tokens; give --length (in Python: length=).")
     tokenizer, mask_id = _tokenizer(vocab_size, asked.get("tokenizer"))
-    more = {key: told[key] for key in ("schedule", "eps") if key in told}
+    more = {key: stated[key] for key in ("schedule", "eps") if key in stated}
     return Network(
         algo=algo,
         vocab_size=vocab_size,
@@ -156,8 +156,8 @@ def network(state: Mapping[str, Any], told: Mapping[str, Any], asked: Mapping[st
         length=length,
         dim=dim,
         blocks=blocks,
-        heads=_heads(state, dim, blocks, told.get("heads"), asked.get("heads")),
+        heads=_heads(state, dim, blocks, stated.get("heads"), asked.get("heads")),
         cond_dim=SIZES["small"][3] if causal else state["sigma_map.mlp.0.weight"].shape[0],
-        dropout=told.get("dropout", 0.1),
+        dropout=stated.get("dropout", 0.1),
         **more,
     ), tokenizer
