@@ -37,7 +37,7 @@ from duo_jax.errors import UserError
 
 MODES = ("train", "eval", "sample")
 ALGORITHMS = ("duo", "duo_base", "dcd", "mdlm", "sedd", "d3pm", "ar")
-# As in `diffusion.operators.NAMES`, which the mathematics keeps for itself; a test compares the two.
+# Equal to `diffusion.operators.NAMES`, as a test checks: diffusion/ and this file do not import each other.
 OPERATORS = ("exact", "series", "sigmoid", "sigmoid-edge-corrected", "poly3", "poly5", "poly7", "poly9")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 PACKINGS = ("packed", "padded")
