@@ -300,7 +300,7 @@ def sample(
         texts = sampling.texts.sample(
             params.weights,
             network,
-            dataclasses.replace(settings, tells=tells),
+            dataclasses.replace(settings, reports_steps=tells),
             jax.random.key(seed),
             known,
             # One type, whatever was given: 1 and 1.0 would be two programs.

@@ -44,8 +44,8 @@ def test_other_processes_are_quiet(monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 99, 100, 101, 250, 1024])
-def test_a_sampler_tells_of_all_steps_and_seldom(steps):
-    told = np.asarray(ticks.portions(steps))
+def test_a_sampler_reports_all_steps_in_few_reports(steps):
+    told = np.asarray(ticks.increments(steps))
     assert told.sum() == steps
     assert told.shape == (steps,)
     assert (told >= 0).all()

@@ -26,26 +26,26 @@ def run(
 ) -> jax.Array:
     """Returns tokens int32 `[B, L]`, each drawn from the network's distribution given those before it.
 
-    `tokens [B, L]` stand where `held`, which must be so at position 0 (BOS). A later token that is held conditions what
-    follows it, but not what comes before: the network cannot look ahead.
+    `tokens [B, L]` are kept where `held`, which must be true at position 0 (BOS). A held token conditions what follows it,
+    but not what comes before: the network cannot look ahead.
     """
     batch, length = tokens.shape
     module, variables = network.module, {"params": weights}
 
     def take(carry: tuple[jax.Array, Any], step: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
         current, cache = carry
-        keys, position, fixed, is_held, told = step
+        keys, position, fixed, is_held, reported = step
         hidden, cache = module.apply(variables, current[:, None], cache, position, method="next_hidden")
         logits = categorical.without(network.logits(weights, hidden[:, 0]) / temperature, network.mask_id)
         if settings.nucleus:
             logits = categorical.nucleus(logits, top_p)
         following = jnp.where(is_held, fixed, categorical.draw(keys, logits))
-        if settings.tells:
-            ticks.tell(told, following[0])
+        if settings.reports_steps:
+            ticks.report(reported, following[0])
         return (following, cache), following
 
     keys = token_keys(key, (length - 1, batch))
     cache = module.empty_cache(batch, length - 1)
-    steps = (keys, jnp.arange(length - 1), tokens[:, 1:].T, held[:, 1:].T, ticks.portions(length - 1))
+    steps = (keys, jnp.arange(length - 1), tokens[:, 1:].T, held[:, 1:].T, ticks.increments(length - 1))
     _, rest = jax.lax.scan(take, (tokens[:, 0], cache), steps)
     return jnp.concatenate([tokens[:, :1], rest.T], axis=1)

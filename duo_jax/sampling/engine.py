@@ -4,10 +4,10 @@ A sampler starts from the prior (uniform tokens, or masks), walks a grid of time
 network call a step, and ends with a noise-removal call at t_n. With a distilled network, n of 1 to 8 is the few-step
 consistency sampler of *The Diffusion Duality*.
 
-A denoiser is a function `denoise(states, sigma [B], visitor, needs_prediction [B, L], *per_token)`: it predicts from each
-of the states (one, or two under guidance; int32 `[B, L]`) and returns `visitor(logits, *per_token)`, where `logits` is a
-tuple of `[..., K]`, one a state. Only at the tokens that are asked for does the result count. It may call the visitor on a
-few of them at a time: with a network no `[B, L, K]` exists, and no logits of tokens that a step does not ask for.
+A denoiser is a function `denoise(states, sigma [B], visitor, needs_prediction [B, L], *per_token)`. It predicts from each state (int32
+`[B, L]`; one, or two under guidance) and returns `visitor(logits, *per_token)`, where `logits` is a tuple with one
+`[..., K]` per state. Only the results where `needs_prediction` is true are used. It may call the visitor on a few tokens at a time:
+with a network no `[B, L, K]` exists, and no logits are computed for tokens that a step does not ask for.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Denoise = Callable[..., Any]
 
 @struct.dataclass
 class Given:
-    """The texts' shape, and what is known of them: `tokens` where `held`, both `[B, L]`. Traced."""
+    """The known tokens of a batch of texts: `tokens` where `held`, both `[B, L]`. Traced."""
 
     tokens: jax.Array
     held: jax.Array
 
     @classmethod
     def nothing(cls, shape: tuple[int, int]) -> Given:
-        """Returns texts of which nothing is known."""
+        """Returns a batch of texts without known tokens."""
         return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
     def fill(self, z: jax.Array) -> jax.Array:
@@ -48,7 +48,7 @@ class Given:
 
 @struct.dataclass
 class Knobs:
-    """What may change from call to call without another program."""
+    """Settings that may change from call to call without recompilation."""
 
     top_p: jax.typing.ArrayLike = 1.0
     temperature: jax.typing.ArrayLike = 1.0
@@ -62,8 +62,8 @@ class Walk:
     Attributes:
         tokens: int32 `[B, L]`.
         network_calls: how often the network was evaluated, an int32 scalar; a guided step evaluates it twice.
-        predictions: for how many tokens, over all calls, logits were computed, an int32 scalar.
-        trajectory: int32 `[n, B, L]`, the tokens after each step; None unless asked for.
+        predictions: the number of tokens whose logits were computed, over all calls, an int32 scalar.
+        trajectory: int32 `[n, B, L]`, the tokens after each step; None unless needs_prediction for.
     """
 
     tokens: jax.Array
@@ -77,21 +77,21 @@ class Carry:
     """What passes from one step to the next."""
 
     states: tuple[jax.Array, ...]  # z_t int32 [B, L]; under guidance also the unconditional one
-    quiet: jax.Array  # [B], for how many steps a row has not changed
+    quiet: jax.Array  # [B], the number of steps since a row last changed
     calls: jax.Array
     predictions: jax.Array
 
 
 @struct.dataclass
 class Step:
-    """What is known of a step before it is taken."""
+    """The inputs of one step."""
 
     key: jax.Array
     alpha_t: jax.Array
     alpha_s: jax.Array
     kappa: jax.Array
     last: jax.Array  # whether this is the noise removal
-    told: jax.typing.ArrayLike = 0  # how many steps are told of after it
+    reported: jax.typing.ArrayLike = 0  # how many steps to report after this one
 
 
 def steps(key: jax.Array, settings: Settings) -> Step:
@@ -106,7 +106,7 @@ def steps(key: jax.Array, settings: Settings) -> Step:
         alpha_s=alpha_s,
         kappa=psi.kappas(alpha_t, alpha_s),
         last=jnp.arange(n + 1) == n,
-        told=jnp.resize(ticks.portions(settings.network_calls), n + 1),
+        reported=jnp.resize(ticks.increments(settings.network_calls), n + 1),
     )
     return jax.tree.map(lambda x: x[: settings.network_calls], stacked)
 
@@ -119,24 +119,26 @@ def prior(key: jax.Array, shape: tuple[int, int], vocab_size: int, settings: Set
 
 
 def _shape(logits: jax.Array, settings: Settings, knobs: Knobs) -> jax.Array:
-    """Applies the temperature and top_p to p, given by its logits `[..., K]`; of a score, to which token it reveals."""
+    """Applies the temperature and top_p to logits `[..., K]`; for a score, only to which token is revealed."""
     if settings.process == "absorbing":
         logits = categorical.without(as_float(logits), settings.mask_id)
     shaped = as_float(logits) / knobs.temperature
     if settings.nucleus:
         shaped = categorical.nucleus(shaped, knobs.top_p)
     if settings.sampler == "analytic":
-        # How much is revealed is the score's total, which is not a matter of taste.
+        # The score's total decides how much is revealed; temperature and top_p must not change it.
         shaped = shaped + (jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(shaped, axis=-1))[..., None]
     return shaped
 
 
-def _ask(keys: jax.Array, z_t: jax.Array, step: Step, vocab_size: int, settings: Settings) -> tuple[jax.Array, ...]:
-    """Which tokens need a prediction for the settings' step from z_t, bool `[B, L]`, and z_s at the others."""
+def _draw_without_prediction(
+    keys: jax.Array, z_t: jax.Array, step: Step, vocab_size: int, settings: Settings
+) -> tuple[jax.Array, ...]:
+    """Returns which tokens of z_t need a prediction, bool `[B, L]`, and z_s for the others."""
     mask = settings.mask_id
     if settings.guided:
         return jnp.ones(z_t.shape, bool), z_t
-    if settings.sampler == "analytic":  # the score tells also whether a token is revealed
+    if settings.sampler == "analytic":  # the score also decides whether a token is revealed
         return z_t == mask, z_t
     if settings.process == "absorbing":
         return absorbing.draw_without_prediction(keys, z_t, step.alpha_s, step.alpha_t, mask, step.kappa)
@@ -146,8 +148,10 @@ def _ask(keys: jax.Array, z_t: jax.Array, step: Step, vocab_size: int, settings:
     return needs_prediction | (step.last & (settings.noise_removal == "greedy")), z_s
 
 
-def _answer(keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings) -> jax.Array:
-    """Draws z_s `[...]` by the settings' step, at tokens that ask, from z_t `[...]` and shaped logits `[..., K]`."""
+def _draw_with_prediction(
+    keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings
+) -> jax.Array:
+    """Draws z_s `[...]`, for tokens that need a prediction, from z_t `[...]` and shaped logits `[..., K]`."""
 
     def posterior() -> jax.Array:
         if settings.process == "uniform":
@@ -155,7 +159,7 @@ def _answer(keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, sett
         drawn = functools.partial(absorbing.draw_with_prediction, keys, logits, settings.mask_id)
         if settings.sampler != "analytic":
             return drawn()
-        # The removal reveals whatever is left; a score that is too small for it would leave masks.
+        # Noise removal reveals all that is still masked; a score that is too small would leave masks.
         dsigma = jnp.log(step.alpha_s) - jnp.log(step.alpha_t)
         score = functools.partial(absorbing.sedd_step, keys, logits, z_t, dsigma, settings.mask_id)
         return jax.lax.cond(step.last, drawn, score)
@@ -166,7 +170,7 @@ def _answer(keys: jax.Array, logits: jax.Array, z_t: jax.Array, step: Step, sett
 
 
 def _log_table(logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings) -> jax.Array:
-    """log q(z_s | z_t) of the settings' step as a table `[..., K]`; log p itself where a greedy removal wants it."""
+    """Returns log q(z_s | z_t) as a table `[..., K]`, or log p for a greedy noise removal."""
     p = jax.nn.softmax(logits, axis=-1)
     mask = settings.mask_id
     if settings.process == "uniform":
@@ -183,8 +187,8 @@ def _log_table(logits: jax.Array, z_t: jax.Array, step: Step, settings: Settings
 
 
 def _guide(conditional: jax.Array, free: jax.Array, g: jax.typing.ArrayLike) -> jax.Array:
-    """g log q_cond + (1-g) log q_uncond `[..., K]`, from two tables of logarithms in which -inf may stand."""
-    # A token that the unconditional nucleus leaves out would have infinite weight: there q_cond speaks alone.
+    """Returns g log q_cond + (1-g) log q_uncond `[..., K]`, from two tables of logarithms that may hold -inf."""
+    # A token outside the unconditional nucleus would get infinite weight: q_cond alone counts there.
     free = jnp.where(jnp.isneginf(free), conditional, free)
     impossible = jnp.isneginf(conditional)
     return jnp.where(impossible, -jnp.inf, g * jnp.where(impossible, 0.0, conditional) + (1.0 - g) * free)
@@ -198,7 +202,7 @@ def _draw_guided(
     settings: Settings,
     g: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws z_s from softmax(g log q_cond + (1-g) log q_uncond), and the unconditional chain's own next state."""
+    """Draws z_s from softmax(g log q_cond + (1-g) log q_uncond), and the next state of the unconditional chain."""
     conditional, free = (_log_table(values, z_t, step, settings) for values, z_t in zip(logits, states, strict=True))
     mixed = _guide(conditional, free, g)
     pairs = map_keys(jax.random.split, keys)
@@ -206,6 +210,23 @@ def _draw_guided(
     if settings.noise_removal == "greedy":
         z_s = jnp.where(step.last, jnp.argmax(mixed, axis=-1).astype(z_s.dtype), z_s)
     return z_s, z_u
+
+
+def _draw(
+    step: Step, settings: Settings, knobs: Knobs, logits: tuple, keys: jax.Array, states: tuple
+) -> tuple[jax.Array, ...]:
+    """Draws the next of each state, for tokens that need a prediction, from their logits `[..., K]`."""
+    shaped = tuple(_shape(values, settings, knobs) for values in logits)
+    if settings.guided:
+        return _draw_guided(keys, shaped, states, step, settings, knobs.guidance)
+    return (_draw_with_prediction(keys, shaped[0], states[0], step, settings),)
+
+
+def _changes_something(carry: Carry, step: Step, needs_prediction: jax.Array, settings: Settings) -> jax.Array:
+    """Returns whether a step with calls that may be skipped can change any text, a bool scalar."""
+    if settings.early_stop:
+        return step.last | jnp.any(carry.quiet < settings.early_stop)
+    return jnp.any(needs_prediction)
 
 
 def run(
@@ -219,17 +240,17 @@ def run(
 ) -> Walk:
     """Returns texts sampled by one scan over the network calls.
 
-    Known positions hold their clean tokens at every step, so the network sees them and the rest follows them. What that
-    means for the distribution is told in docs/sampling.md.
+    Known positions hold their clean tokens at every step, so the network sees them and the other tokens depend on them;
+    docs/sampling.md explains what that means for the distribution.
 
     Args:
         denoise: see the module.
         key: a typed PRNG key.
-        given: the texts' shape and known tokens.
+        given: the known tokens; their shape is that of the texts.
         vocab_size: K.
         settings: static; `process` is `uniform` or `absorbing`.
         knobs: `top_p` is used where `settings.nucleus`, `guidance` where `settings.guided`.
-        unconditional: what the unconditional prediction is shown instead of `given` under guidance.
+        unconditional: under guidance, what the unconditional prediction sees in place of `given`.
     """
     shape = given.tokens.shape
     key_prior, key_steps = jax.random.split(key)
@@ -238,22 +259,10 @@ def run(
     if settings.guided:
         states += (unconditional.fill(noise),)
 
-    def visitor(step: Step, logits: tuple, keys: jax.Array, states: tuple) -> tuple[jax.Array, ...]:
-        if settings.guided:
-            shaped = tuple(_shape(values, settings, knobs) for values in logits)
-            return _draw_guided(keys, shaped, states, step, settings, knobs.guidance)
-        return (_answer(keys, _shape(logits[0], settings, knobs), states[0], step, settings),)
-
-    def needed(carry: Carry, step: Step, needs_prediction: jax.Array) -> jax.Array | bool:
-        """Whether the step can change anything."""
-        if settings.early_stop:
-            return step.last | jnp.any(carry.quiet < settings.early_stop)
-        return jnp.any(needs_prediction) if settings.sampler == "ancestral_cache" else True
-
     def take(carry: Carry, step: Step) -> tuple[Carry, jax.Array | None]:
         keys = token_keys(step.key, shape)
         sigma = jnp.full(shape[:1], schedules.sigma(step.alpha_t))
-        needs_prediction, settled = _ask(keys, carry.states[0], step, vocab_size, settings)
+        needs_prediction, settled = _draw_without_prediction(keys, carry.states[0], step, vocab_size, settings)
         if not settings.guided:
             needs_prediction &= ~given.held
         if settings.early_stop:
@@ -261,27 +270,28 @@ def run(
             needs_prediction &= ~stopped[:, None]
 
         def move(states: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            moved = denoise(states, sigma, functools.partial(visitor, step), needs_prediction, keys, states)
+            visitor = functools.partial(_draw, step, settings, knobs)
+            moved = denoise(states, sigma, visitor, needs_prediction, keys, states)
             z_s = given.fill(jnp.where(needs_prediction, moved[0], settled))
             if not settings.guided:
                 return (z_s,)
-            # Where the prompt is, the unconditional text goes its own way; elsewhere the two are one.
+            # The two texts differ only at the prompt's positions, where the unconditional one follows its own chain.
             return z_s, unconditional.fill(jnp.where(given.held, moved[1], z_s))
 
-        call = needed(carry, step, needs_prediction)
         networks = len(carry.states)
         costs = jnp.array([networks, networks * jnp.sum(needs_prediction)], jnp.int32)
-        if call is True:
-            states = move(carry.states)
+        if settings.skips_calls:
+            needed = _changes_something(carry, step, needs_prediction, settings)
+            states = jax.lax.cond(needed, move, lambda states: states, carry.states)
+            costs = jnp.where(needed, costs, 0)
         else:
-            states = jax.lax.cond(call, move, lambda states: states, carry.states)
-            costs = jnp.where(call, costs, 0)
+            states = move(carry.states)
         quiet = carry.quiet
         if settings.early_stop:
             states = tuple(jnp.where(stopped[:, None], old, new) for old, new in zip(carry.states, states, strict=True))
             quiet = jnp.where(jnp.all(states[0] == carry.states[0], axis=-1), carry.quiet + 1, 0)
-        if settings.tells:
-            ticks.tell(step.told, states[0][0, 0])
+        if settings.reports_steps:
+            ticks.report(step.reported, states[0][0, 0])
         carry = Carry(states, quiet, carry.calls + costs[0], carry.predictions + costs[1])
         return carry, states[0] if settings.trajectory else None
 
@@ -314,9 +324,9 @@ def walk(
     early_stop: int = 0,
     trajectory: bool = False,
 ) -> Walk:
-    """Returns texts, with the network calls and the way there, from a denoiser that gives all its log-probabilities at once.
+    """Returns texts, the network calls and the trajectory, from a denoiser that returns all its log-probabilities at once.
 
-    Pure, so it can be wrapped in `jax.jit`; without that, each call compiles its scan anew.
+    Pure, so it can be wrapped in `jax.jit`; otherwise each call compiles its scan again.
 
     Args:
         denoise_fn: `denoise_fn(z_t int32 [B, L], sigma [B]) -> log_p [B, L, K]`, in nats; log-scores with `score`.
@@ -325,23 +335,23 @@ def walk(
         vocab_size: K, the mask included.
         schedule: the noise schedule; sigma = -log alpha_t.
         n_steps: steps of the time grid.
-        sampler: see `Settings`, as for `noise_removal`, `process`, `mask_id`, `score`, `early_stop`, `trajectory`.
+        sampler: see `Settings`, also for `noise_removal`, `process`, `mask_id`, `score`, `early_stop`, `trajectory`.
         noise_removal: the last call.
         top_p: nucleus: a token is kept if the probabilities above its own sum to at most this; 1 keeps all.
         temperature: divides the logarithms of p.
-        psi: of the `psi` sampler: a `Psi`, or one kappa mode for all steps.
+        psi: for the `psi` sampler: a `Psi`, or one kappa mode for all steps.
         process: `uniform` or `absorbing`.
         mask_id: the absorbing state's id.
-        score: `denoise_fn` gives log-scores (SEDD).
+        score: whether `denoise_fn` returns log-scores (SEDD).
         tokens: int `[B, L]` or `[L]`, known tokens.
         held: bool of the same shape, where they are known.
-        unconditional_fn: a second denoiser, of which `guidance` leads away: softmax(g log q + (1-g) log q_u).
+        unconditional_fn: a second denoiser, from which `guidance` leads away: softmax(g log q + (1-g) log q_u).
         guidance: g; 1 is the first denoiser alone.
         early_stop: unchanged steps after which a row is left as it is.
         trajectory: whether to keep the tokens of every step.
 
     Raises:
-        UserError: a setting that cannot be.
+        UserError: an invalid setting.
     """
     if process == "autoregressive":
         raise UserError("an autoregressive process has no denoiser; sample its network with duo_jax.sample.")
@@ -370,18 +380,18 @@ def walk(
     def denoise(
         states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, needs_prediction: jax.Array, *per_token: Any
     ) -> Any:
-        del needs_prediction  # all tokens' logits are there
+        del needs_prediction  # the logits of all tokens are computed
         logits = tuple(function(z, sigma) for function, z in zip(functions, states, strict=True))
         return visitor(logits, *per_token)
 
     if (tokens is None) != (held is None):
-        raise UserError("known tokens and the mask of where they are held come together; give both or neither.")
+        raise UserError("tokens and held (the mask of known tokens) belong together; give both or neither.")
     given = Given.nothing(shape)
     if tokens is not None:
         given = Given(
             jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), shape), jnp.broadcast_to(jnp.asarray(held, bool), shape)
         )
-    # Both denoisers see the same text: they differ in what they know beside it.
+    # Both denoisers see the same text; what else they know is up to them.
     return run(denoise, key, given, vocab_size, settings, Knobs(top_p, temperature, guidance), given)
 
 
@@ -398,10 +408,10 @@ def generate(
     top_p: jax.typing.ArrayLike = 1.0,
     **others: Any,
 ) -> jax.Array:
-    """Returns the tokens int32 `[B, L]` of `walk`, which see, also for the other keywords.
+    """Returns the tokens of `walk`, int32 `[B, L]`; see there for all arguments.
 
     Raises:
-        UserError: a setting that cannot be.
+        UserError: an invalid setting.
     """
     settings = {"sampler": sampler, "noise_removal": noise_removal, "top_p": top_p} | others
     return walk(denoise_fn, key, shape, vocab_size, schedule=schedule, n_steps=n_steps, **settings).tokens

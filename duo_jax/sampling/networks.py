@@ -1,4 +1,4 @@
-"""A network's sampler, compiled: the engine's denoiser made from weights, which reads the head where it is asked to."""
+"""A network's compiled sampler: the engine's denoiser from its weights, which computes logits only where asked for."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from duo_jax.sampling import autoregressive, engine
 from duo_jax.sampling.engine import Given, Knobs, Walk
 from duo_jax.sampling.settings import Settings
 
-# Of a batch's tokens a quarter at a time, so that little is computed that was not asked for; but not too few for a product.
+# The head visits a quarter of a batch's tokens at a time, so that few are computed that were not asked for; but at least
+# this many, since smaller matrix products are inefficient.
 _FEWEST = 64
 
 
 def denoiser(
     network: Network, weights: Any, *, mesh: Mesh | None = None, lengths: jax.Array | None = None
 ) -> engine.Denoise:
-    """Returns a network as the engine calls it, told the noise as its algorithm tells it in training.
+    """Returns a network as a denoiser of the engine; its input sigma is that of its algorithm's training.
 
-    MDLM's network does not know the time; D3PM's is told at most the sigma of its schedule's eps; SEDD's output is scaled
-    to its log-score. `mesh` holds the devices over which the rows are split; None for one. `lengths [B]` tell where
+    MDLM's network gets no time (sigma = 0); D3PM's sigma is at most that of its schedule's eps; SEDD's output is scaled to
+    its log-score. `mesh` holds the devices over which the rows are split; None for one device. `lengths [B]` says where
     rows end before L.
     """
     algo = network.algo
     reader = head.transposed(weights["head"], network.dtype)  # once for all steps
 
-    def told(sigma: jax.Array) -> jax.Array:
+    def input_sigma(sigma: jax.Array) -> jax.Array:
         if algo == "mdlm":
             return jnp.zeros_like(sigma)
         return jnp.minimum(sigma, schedules.sigma(network.eps)) if algo == "d3pm" else sigma
@@ -42,7 +43,8 @@ def denoiser(
     def denoise(
         states: tuple[jax.Array, ...], sigma: jax.Array, visitor: Callable, needs_prediction: jax.Array, *per_token: Any
     ) -> Any:
-        hidden = tuple(network.hidden(weights, network.embed(weights, z), told(sigma), lengths=lengths) for z in states)
+        seen = input_sigma(sigma)
+        hidden = tuple(network.hidden(weights, network.embed(weights, z), seen, lengths=lengths) for z in states)
 
         def visit(reader: head.Transposed, hidden: tuple, states: tuple, alpha: jax.Array, *per_token: Any) -> Any:
             logits = tuple(head.logits_of_transposed(h, reader) for h in hidden)
@@ -78,7 +80,7 @@ def sample_tokens(
 ) -> Walk:
     """Returns texts from a network, diffusion or autoregressive.
 
-    Compiled once for each shape and settings, not for a key, known tokens, `top_p`, temperature or guidance weight.
+    Compiled once per shape and settings; the key, known tokens, `top_p`, temperature and guidance weight may change.
     """
     if settings.process == "autoregressive":
         tokens = autoregressive.run(

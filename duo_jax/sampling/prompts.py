@@ -1,4 +1,4 @@
-"""What is known of a text before it is sampled: prompts, texts with gaps, and tokens with a mask."""
+"""The known tokens of texts to be sampled: from prompts, texts with gaps, or tokens with a mask."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the ids of a text that is to be held.
 
     Raises:
-        UserError: the tokenizer would change it.
+        UserError: the tokenizer would change the text.
     """
     ids = tokenizer.encode(text)
     lost = clean_unicode(text) != text or (text.strip() and not ids)
@@ -45,9 +45,8 @@ def prefix(tokenizer: Tokenizer, prompt: str, length: int) -> Known:
 def gaps(tokenizer: Tokenizer, infill: str, length: int) -> Known:
     """Returns tokens `[L]` and where they are held `[L]`: BOS, the text, and EOS at the end, with room for its gaps.
 
-    A gap is three or more underscores. What the rest leaves of the length is shared evenly by the gaps, the first ones
-    getting one more token where it does not divide. White space before a gap is the gap's, since tokens begin with their
-    space.
+    A gap is three or more underscores. The gaps share the rest of the length evenly; if it does not divide, the first ones
+    get one more token. White space before a gap belongs to the gap, since tokens begin with their space.
 
     Raises:
         UserError: there is no gap, the text does not fit, or it cannot be encoded.
@@ -77,17 +76,15 @@ def _check_room(need: int, length: int, what: str) -> None:
 
 
 def arrays(tokens: Any, mask: Any, length: int) -> Known:
-    """Returns tokens and where they are held, `[l]` or `[B, l]` filled up to the length.
+    """Returns tokens and where they are held, padded from `[l]` or `[B, l]` to the length.
 
     Raises:
-        UserError: they are of different shapes or do not fit.
+        UserError: their shapes differ, or they do not fit.
     """
     try:
         tokens, mask = np.asarray(tokens), np.asarray(mask)
     except ValueError as error:
-        raise UserError(
-            "infill's rows of tokens or of its mask differ in length; fill them up to one length."
-        ) from error
+        raise UserError("the rows of infill's tokens or mask differ in length; pad them to one length.") from error
     if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
         raise UserError("infill's mask holds other values than true and false, 1 and 0.")
     if tokens.shape != mask.shape or tokens.ndim not in (1, 2) or not np.issubdtype(tokens.dtype, np.integer):
@@ -97,7 +94,7 @@ def arrays(tokens: Any, mask: Any, length: int) -> Known:
         )
     _check_room(tokens.shape[-1], length, "infill's tokens")
     room = [(0, 0)] * (tokens.ndim - 1) + [(0, length - tokens.shape[-1])]
-    # An id beyond int32 is beyond every vocabulary, and must not become another one on the way.
+    # Ids beyond int32 are in no vocabulary; clipped, they stay invalid instead of wrapping to a valid id.
     largest = np.iinfo(np.int32).max
     tokens = np.clip(tokens, -largest, largest).astype(np.int32)
     return np.pad(tokens, room), np.pad(mask.astype(bool), room)
@@ -110,7 +107,7 @@ def known(
     prompt: str | Sequence[str] | None = None,
     infill: str | Sequence[str] | tuple[Any, Any] | None = None,
 ) -> Known:
-    """Returns what is known of `B` texts, tokens int32 `[B, L]` and where they are held, bool `[B, L]`.
+    """Returns the known tokens of B texts, int32 `[B, L]`, and where they are held, bool `[B, L]`.
 
     Args:
         tokenizer: the network's.
@@ -122,9 +119,9 @@ def known(
         UserError: both are given, their number is not B, or one does not fit or cannot be encoded.
     """
     rows, length = shape
-    for name, given in (("prompt", prompt), ("infill", infill)):
-        if given is not None and not isinstance(given, str | list | tuple):
-            raise UserError(f"{name} is {given!r}; give text, or a list of texts.")
+    for name, value in (("prompt", prompt), ("infill", infill)):
+        if value is not None and not isinstance(value, str | list | tuple):
+            raise UserError(f"{name} is {value!r}; give text, or a list of texts.")
     if prompt is not None and not isinstance(prompt, str) and not all(isinstance(text, str) for text in prompt):
         raise UserError("a prompt is not text; token ids are given as infill=(tokens, mask).")
     if prompt is not None and infill is not None:

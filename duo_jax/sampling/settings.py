@@ -1,4 +1,4 @@
-"""What is static about a sampler: its kind, its grid of times, and how much of each step is taken back (kappa)."""
+"""The static settings of a sampler: its kind, its time grid, and how much of each step is taken back (kappa)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from duo_jax.models.network import Network
 PROCESSES = ("uniform", "absorbing", "autoregressive")
 LAST_T = 1e-5
 
-# What each process can be sampled with. "ancestral" is also what drawing one token after the other is called.
+# The samplers of each process; for an autoregressive one, "ancestral" and "autoregressive" mean the same.
 _FITTING = {
     "uniform": ("ancestral", "psi"),
     "absorbing": ("ancestral", "psi", "ancestral_cache", "analytic"),
     "autoregressive": ("ancestral", "autoregressive"),
 }
 
-# Longer names first: each is looked for at the beginning of a mode.
+# Longer names first, since a mode is matched by its beginning.
 _KAPPA_MODES = ("pure-posterior", "pure-pc", "constant-remdm", "max-capped", "max-rescale", "constant")
 _LEVEL = "linear-constant-linear"
 
@@ -37,7 +37,7 @@ def parse_mode(mode: str) -> tuple[str, float]:
     Raises:
         UserError: an unknown name, or an eta that is missing or not in [0, 1].
     """
-    name = next((known for known in _KAPPA_MODES if mode == known or mode.startswith(known + "-")), None)
+    name = next((name for name in _KAPPA_MODES if mode == name or mode.startswith(name + "-")), None)
     if name is None:
         raise UserError(
             f"the kappa mode is {mode!r}; choose one of {', '.join(_KAPPA_MODES)}, with a number as in constant-0.9."
@@ -62,16 +62,16 @@ def _number(text: str) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Psi:
-    """How a Psi-sampler (The Diffusion Duality, Chapter II, arXiv 2602.21185) spends its steps.
+    """The steps of a Psi-sampler (The Diffusion Duality, Chapter II, arXiv 2602.21185).
 
     The grid's n + 1 times are cut into three segments. Each has a kappa mode: `pure-posterior` (kappa = 1),
     `pure-pc` (0), `constant-ETA` (ETA), and ReMDM's (arXiv 2503.00307), kappa = clip(1 - s / (1 - alpha_s), 0, 1), with
     s = ETA (`constant-remdm-ETA`), min(ETA, (1-alpha_s)/alpha_t) (`max-capped-ETA`) or ETA min(1, (1-alpha_s)/alpha_t)
-    (`max-rescale-ETA`). A smaller kappa draws more tokens anew.
+    (`max-rescale-ETA`). A smaller kappa redraws more tokens.
 
     Attributes:
         high: the mode where the noise is high, at the beginning.
-        middle: the mode between.
+        middle: the mode in between.
         low: the mode at the end.
         high_frac: the first segment's share of the grid.
         middle_frac: the middle segment's share.
@@ -102,13 +102,13 @@ class Psi:
 
     @classmethod
     def throughout(cls, mode: str) -> Psi:
-        """Returns one kappa mode for every step."""
+        """Returns a Psi with one kappa mode for every step."""
         return cls(mode, mode, mode)
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> Psi | None:
-        """Returns what `config.sample` says, or None if its sampler is another one."""
-        return cls(**config.psi) if config.sampler == "psi" else None
+    def from_config(cls, sample_config: ConfigDict) -> Psi | None:
+        """Returns the Psi of `config.sample`, or None if its sampler is not `psi`."""
+        return cls(**sample_config.psi) if sample_config.sampler == "psi" else None
 
     def _level(self) -> tuple[float, bool] | None:
         if not self.time_profile.startswith(_LEVEL + "-"):
@@ -125,7 +125,7 @@ class Psi:
         return high, middle, points - high - middle
 
     def times(self, n_steps: int, schedule: schedules.Schedule) -> np.ndarray:
-        """Returns the grid `[n + 1]` from 1 down to 1e-5; to the constant level, if only one time is left after it."""
+        """Returns the grid `[n + 1]` from 1 down to 1e-5, or to the constant level if the last segment has only one time."""
         if (level := self._level()) is None:
             return np.linspace(1.0, LAST_T, n_steps + 1)
         value, inverse = level
@@ -148,8 +148,8 @@ class Psi:
         """Returns kappa for the steps from `alpha_t [n+1]` to `alpha_s [n+1]`, the noise removal last."""
         high, middle, low = self.segments(alpha_t.shape[0] - 1)
         modes = jnp.repeat(jnp.arange(3), np.array([high, middle, low]), total_repeat_length=high + middle + low)
-        rows = jnp.stack([kappa(mode, alpha_t, alpha_s) for mode in (self.high, self.middle, self.low)])
-        return rows[modes, jnp.arange(alpha_t.shape[0])]
+        by_segment = jnp.stack([kappa(mode, alpha_t, alpha_s) for mode in (self.high, self.middle, self.low)])
+        return by_segment[modes, jnp.arange(alpha_t.shape[0])]
 
 
 def kappa(mode: str, alpha_t: jax.Array, alpha_s: jax.Array) -> jax.Array:
@@ -166,18 +166,18 @@ def kappa(mode: str, alpha_t: jax.Array, alpha_s: jax.Array) -> jax.Array:
     sigma = {"constant-remdm": eta, "max-capped": jnp.minimum(eta, cap), "max-rescale": eta * jnp.minimum(1.0, cap)}[
         name
     ]
-    # At the noise removal alpha_s = 1, and the two parts of the step are the same.
+    # In the noise removal alpha_s = 1, and both parts of the step are the same.
     return jnp.where(noise > 0, jnp.clip(1.0 - sigma / jnp.where(noise > 0, noise, 1.0), 0.0, 1.0), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is static about a sampler, hashable: one program is compiled for each.
+    """The static settings of a sampler, hashable: one program is compiled for each.
 
     Attributes:
         n_steps: steps of the time grid, 1 or more; the noise removal is one more network call. Not used by an
             autoregressive network, which takes one call a token.
-        sampler: `ancestral`, the posterior q(z_s | z_t, x = p); `psi`, which also draws tokens anew (see `Psi`); for
+        sampler: `ancestral`, the posterior q(z_s | z_t, x = p); `psi`, which also redraws tokens (see `Psi`); for
             absorbing states also `ancestral_cache`, the same texts as `ancestral` without the calls that change nothing,
             and `analytic` (SEDD); `autoregressive`.
         noise_removal: what is done at the end: `ancestral` draws from the posterior at alpha_s = 1, `greedy` takes the
@@ -185,14 +185,14 @@ class Settings:
         schedule: the noise schedule that the network was trained with.
         nucleus: whether `top_p` (a traced value) filters the denoiser's distribution.
         process: `uniform`, `absorbing` or `autoregressive`.
-        mask_id: the id that the absorbing state has and that text never holds.
+        mask_id: the id of the absorbing state, which never occurs in text.
         score: whether the denoiser gives SEDD's log-scores rather than log-probabilities.
-        psi: of the `psi` sampler.
+        psi: the steps of the `psi` sampler.
         guided: whether a second, unconditional prediction guides the first.
-        early_stop: a row is left as it is once so many steps in a row have not changed it, and the network is not
-            called when all rows are; 0 never does. Of the uniform process alone.
+        early_stop: a row is final after this many successive steps without a change, and the network is not called once
+            all rows are final; 0 turns this off. For the uniform process only.
         trajectory: whether the tokens after every network call are kept.
-        tells: whether the program tells of its steps, see `ticks`; on one device.
+        reports_steps: whether the program reports its steps to the host (see `ticks`); on one device only.
     """
 
     n_steps: int
@@ -207,7 +207,7 @@ class Settings:
     guided: bool = False
     early_stop: int = 0
     trajectory: bool = False
-    tells: bool = False
+    reports_steps: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.n_steps, numbers.Integral):
@@ -229,7 +229,7 @@ class Settings:
         if self.process == "absorbing" and self.mask_id is None:
             raise UserError("the absorbing process needs mask_id, the id of its masked tokens.")
         if self.process == "uniform" and self.score:
-            raise UserError("log-scores are of the absorbing process; give process='absorbing', or leave score out.")
+            raise UserError("log-scores are for the absorbing process; give process='absorbing', or leave score out.")
         if self.sampler == "analytic" and not self.score:
             raise UserError(
                 "sampler is 'analytic', which needs log-scores as SEDD gives them; choose ancestral or psi."
@@ -244,12 +244,12 @@ class Settings:
                 "ancestral_cache leaves out the calls that change nothing without guessing."
             )
         if self.process == "autoregressive":
-            for name, given, usual in (
+            for name, value, default in (
                 ("noise_removal", self.noise_removal, "ancestral"),
                 ("trajectory", self.trajectory, False),
                 ("guidance", self.guided, False),
             ):
-                if given != usual:
+                if value != default:
                     raise UserError(f"{name} is for diffusion networks; an autoregressive one draws each token once.")
         if self.guided and self.sampler in ("analytic", "ancestral_cache"):
             raise UserError(
@@ -268,14 +268,14 @@ class Settings:
         top_p: float = 1.0,
         **others: object,
     ) -> Settings:
-        """Returns the settings with the process and schedule that a network was trained with; others as in the class.
+        """Returns settings with the process and schedule that a network was trained with; `others` are fields of the class.
 
         Raises:
-            UserError: a setting that cannot be.
+            UserError: an invalid setting.
         """
         process = network.process
         if process == "autoregressive":
-            # Checked as they are, and then made one: they change nothing, and would be different programs.
+            # These two change nothing: check them, then fix them, so that they do not compile another program.
             cls(n_steps, sampler, noise_removal, process=process)
             n_steps, sampler = 1, "autoregressive"
         # D3PM's chain has alpha = 1 - t.
@@ -295,33 +295,38 @@ class Settings:
         )
 
     @classmethod
-    def from_config(cls, config: ConfigDict, network: Network) -> Settings:
-        """Returns what `config.sample` says, for a network.
+    def from_config(cls, sample_config: ConfigDict, network: Network) -> Settings:
+        """Returns the settings of `config.sample`, for a network.
 
         Raises:
-            UserError: a setting that cannot be.
+            UserError: an invalid setting.
         """
         return cls.for_network(
             network,
-            config.n_steps,
-            sampler=config.sampler,
-            noise_removal=config.noise_removal,
-            top_p=config.top_p,
-            psi=as_psi(Psi.from_config(config), config.sampler),
-            early_stop=config.early_stop,
+            sample_config.n_steps,
+            sampler=sample_config.sampler,
+            noise_removal=sample_config.noise_removal,
+            top_p=sample_config.top_p,
+            psi=as_psi(Psi.from_config(sample_config), sample_config.sampler),
+            early_stop=sample_config.early_stop,
         )
 
     @property
     def network_calls(self) -> int:
-        """How often a diffusion network is evaluated at most."""
+        """The largest number of steps that call a diffusion network."""
         return self.n_steps + (self.noise_removal != "none")
+
+    @property
+    def skips_calls(self) -> bool:
+        """Whether steps that change nothing skip their network call."""
+        return self.early_stop > 0 or self.sampler == "ancestral_cache"
 
 
 def as_psi(psi: Psi | str | None, sampler: str) -> Psi:
-    """Returns the `Psi` that is meant: one kappa mode may stand for all, and None for the default.
+    """Returns a `Psi` from itself, from one kappa mode for all steps, or the default from None.
 
     Raises:
-        UserError: an unknown mode, or a `psi` for another sampler.
+        UserError: an unknown mode, or a `psi` with another sampler.
     """
     if psi is None:
         return Psi()
@@ -333,7 +338,7 @@ def as_psi(psi: Psi | str | None, sampler: str) -> Psi:
 
 
 def uses_nucleus(top_p: jax.typing.ArrayLike) -> bool:
-    """Returns whether `top_p` removes anything; a traced value may.
+    """Returns whether `top_p` may remove tokens, as a traced value may.
 
     Raises:
         UserError: `top_p` is not in (0, 1].

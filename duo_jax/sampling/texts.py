@@ -1,4 +1,4 @@
-"""Texts of any number and length: split into batches over the devices, and written on in strides beyond a row's length."""
+"""Texts of any number and length: in batches split over the devices, and in strides beyond the network's length."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Texts:
 
 
 def check_known(tokens: np.ndarray, held: np.ndarray, network: Network) -> None:
-    """Raises UserError if held tokens cannot stand in the network's texts, or not where they do."""
+    """Raises UserError if the network cannot write texts with these held tokens."""
     if not held.any():
         return
     fixed = tokens[held]
@@ -47,7 +47,7 @@ def check_known(tokens: np.ndarray, held: np.ndarray, network: Network) -> None:
 
 
 def window(network: Network, length: int, stride: int | None) -> tuple[int, int | None]:
-    """Returns the length of a window and the new tokens in each, None where one window is the whole text.
+    """Returns the length of a window and its number of new tokens, None where one window is the whole text.
 
     Raises:
         UserError: a stride that does not fit.
@@ -80,11 +80,11 @@ def sample(
     planned: Callable[[int], Any] = lambda steps: None,
     done: Callable[[Texts], None] = lambda texts: None,
 ) -> Texts:
-    """Returns texts of the shape of `known`, all batches and strides by one compiled program.
+    """Returns texts of the shape of `known`; one compiled program samples all batches and strides.
 
     A batch has `rows_at_once` rows (all if None), rounded up to a multiple of the devices. Texts longer than the network's
-    length are sampled in windows: each begins with BOS and the end of what has been written, and adds `stride` tokens
-    (half the network's length if None) to it.
+    length are sampled in windows: each begins with BOS and the end of the text so far, and adds `stride` tokens (half the
+    network's length if None).
 
     Args:
         weights: the network's parameters; with a `mesh`, already on it.
@@ -94,15 +94,15 @@ def sample(
         known: tokens and where they are held, `[B, L]`; see `prompts.known`.
         knobs: traced settings.
         bos_id: begins each window after the first.
-        unconditional: what guidance leads away from.
-        stride: new tokens a window.
+        unconditional: like `known`, for the unconditional prediction of guidance.
+        stride: new tokens per window.
         rows_at_once: rows of a batch.
         mesh: whose devices share the rows; this process's devices if None.
-        planned: told, before the first, how many steps there are, over all batches and strides.
-        done: given each batch as it comes.
+        planned: called first, with the number of steps over all batches and strides.
+        done: called with each batch when it is finished.
 
     Raises:
-        UserError: held tokens that cannot be, or a stride that does not fit.
+        UserError: invalid held tokens, or a stride that does not fit.
     """
     check_known(*known, network)
     rows, length = known[0].shape
@@ -119,7 +119,7 @@ def sample(
     size = -(-min(rows_at_once or rows, rows) // mesh.size) * mesh.size
 
     def put(part: Known) -> engine.Given:
-        # The last batch is filled up with copies of its last row, so that it is the same program.
+        # The last batch is padded with copies of its last row, so that the same program runs it.
         full = (np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) for x in part)
         return engine.Given(*(jax.device_put(x, split) for x in full))
 
@@ -153,16 +153,16 @@ def sample(
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """Returns the whole of an array, also of one whose rows lie on other hosts."""
+    """Returns a whole array, even if some of its rows are on other hosts."""
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 def _windows(length: int, window: int, stride: int | None) -> list[tuple[int, int, int]]:
-    """Returns where each window of a text begins and up to where the text is written before and after it."""
+    """Returns for each window of a text its beginning, and the end of the written text before and after it."""
     places, written = [], 0
     while written < length:
         begin = 0 if stride is None else max(0, min(written - (window - 2 - stride) - 1, length - window))
-        # The last token of a window but the last is dropped, a row's EOS in training.
+        # Each window but the last drops its last token: in training that is a row's EOS.
         end = length if begin + window == length else begin + window - 1
         places.append((begin, written, end))
         written = end
@@ -176,14 +176,14 @@ def _in_strides(
     places: list[tuple[int, int, int]],
     bos_id: int,
 ) -> engine.Walk:
-    """Writes a text longer than a window, one of `_windows` after the other."""
+    """Samples texts longer than a window, in the windows `places` of `_windows`."""
     tokens, held = (np.array(part) for part in known)
     window = places[0][2] + 1
     calls, predictions = 0, 0
     for index, (begin, written, end) in enumerate(places):
         piece, fixed = tokens[:, begin : begin + window].copy(), held[:, begin : begin + window].copy()
         if index:
-            # One place before the context stands BOS, as at the beginning of a row in training.
+            # BOS stands before the context, as at the beginning of a row in training.
             piece[:, 0] = bos_id
             fixed[:, : written - begin] = True
         walk = draw(jax.random.fold_in(key, index), (piece, fixed))
