@@ -1,4 +1,4 @@
-"""The Python door: load a network, sample from it, score a text."""
+"""The Python interface: load, train and export a network, sample from it, score a text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from duo_jax.evaluation import rows as rows_lib
 from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint
 
-# Texts that one call of the sampler writes at once on a device, unless said otherwise.
+# How many texts one call of the sampler writes at once on each device, by default.
 _ROWS_A_DEVICE = 64
 
 
@@ -39,7 +39,7 @@ class Samples:
         text: the decoded rows, special tokens left out.
         entropy: `[B]`, each row's unigram entropy in nats; low means that it repeats itself.
         network_calls: how often the network was evaluated for a batch; the most, where batches differ. Guidance evaluates
-            it twice a step; an autoregressive network reads one position a call.
+            it twice per step; an autoregressive network reads one position per call.
         trajectory: int32 `[n, B, L]`, the tokens after every step, if asked for.
     """
 
@@ -56,7 +56,7 @@ class _Estimate(NamedTuple):
 
 
 class Score(_Estimate):
-    """What `score` returns: the pair (nll, stderr), which also tells of how many tokens it is.
+    """What `score` returns: the pair (nll, stderr), with the number of tokens as an attribute.
 
     Attributes:
         nll: nats per token, an upper bound estimated by Monte Carlo.
@@ -64,7 +64,7 @@ class Score(_Estimate):
         tokens: how many tokens were scored, BOS and EOS included (but for the given BOS of an autoregressive network).
     """
 
-    tokens: int = 0  # of what is made of the pair alone, as `jax.tree.map` does
+    tokens: int = 0  # for pairs that `jax.tree.map` or `_replace` make
 
     def __new__(cls, nll: float, stderr: float, tokens: int = 0) -> Score:
         """Makes the pair."""
@@ -72,16 +72,12 @@ class Score(_Estimate):
         pair.tokens = tokens
         return pair
 
-    def __getnewargs__(self) -> tuple[float, float, int]:
-        """What a copy is made of."""
-        return self.nll, self.stderr, self.tokens
-
     def __float__(self) -> float:
         """Returns nats per token."""
         return self.nll
 
     def __repr__(self) -> str:
-        """Returns all three."""
+        """Shows all three values."""
         return f"Score(nll={self.nll}, stderr={self.stderr}, tokens={self.tokens})"
 
 
@@ -101,12 +97,12 @@ def load(
             folder that `export` wrote; or the reference's files: a Lightning `.ckpt`, a state dict (`.pt`, `.bin`,
             `.safetensors`), a Hugging Face folder, or a hub id such as `s-sahoo/duo`; or `quickstart`, which comes with
             the package.
-        ema: the averaged weights, which are the better ones, rather than the last ones.
-        algo, heads, length, tokenizer: of the reference's files, where they do not tell; tokenizer is `gpt2`,
+        ema: whether to load the averaged weights, which are better than the last ones.
+        algo, heads, length, tokenizer: for the reference's files, if they do not say; tokenizer is `gpt2`,
             `bert-base-uncased` or a tokenizer's folder.
 
     Raises:
-        UserError: there is no checkpoint, it cannot be read, or it does not tell what it must.
+        UserError: there is no checkpoint, it cannot be read, or a fact about the network is missing.
     """
     if not isinstance(path_or_name, str | Path):
         raise UserError(f"path_or_name is {path_or_name!r}; give a path or a name.")
@@ -114,9 +110,9 @@ def load(
 
 
 def train(config: ConfigDict, workdir: str | Path, *, writers: Sequence[Any] = ()) -> None:
-    """Trains as a config says, and leaves everything in a folder, from which `load` takes the network.
+    """Trains as a config says, and keeps everything in a folder, from which `load` reads the network.
 
-    The same call goes on from the newest checkpoint. What the command line does, also in a loop over configs:
+    The same call resumes from the newest checkpoint. This is what the command line does, and works in a loop over configs:
 
         config = duo_jax.config.default()  # or a recipe's get_config()
         config.train.lr = 1e-4
@@ -125,12 +121,12 @@ def train(config: ConfigDict, workdir: str | Path, *, writers: Sequence[Any] = (
     Args:
         config: every setting; see `duo_jax.config`.
         workdir: the run's folder.
-        writers: are given all numbers and texts, beside the run's own files, and closed at the end, also after an error:
-            objects with methods of `clu.metric_writers`, `write_scalars(step, scalars)`, `write_texts(step, texts)`,
+        writers: receive all numbers and texts, as the run's own files do, and are closed at the end, also after an error:
+            objects with these methods of `clu.metric_writers`: `write_scalars(step, scalars)`, `write_texts(step, texts)`,
             `write_hparams(hparams)`, `flush()` and `close()`.
 
     Raises:
-        UserError: what a user can put right, in one sentence.
+        UserError: a mistake that the user can correct.
         KeyboardInterrupt: a signal stopped the run, after it was saved.
     """
     from duo_jax.training import loop
@@ -145,17 +141,17 @@ def train(config: ConfigDict, workdir: str | Path, *, writers: Sequence[Any] = (
 
 
 def export(params: Params, to: str | Path, *, step: int = 0) -> None:
-    """Writes a network to a new folder that `load` reads back bit for bit, and that can be put on the hub as it is.
+    """Writes a network to a new folder that `load` reads back bit for bit, and that can be uploaded to the hub as it is.
 
     It holds `model.safetensors` under the reference's names, `config.json`, the tokenizer and a model card.
 
     Args:
         params: what `load` returned.
-        to: a folder, which must not exist or be empty; or a file `.ckpt`, for the PyTorch reference, which needs PyTorch.
+        to: a new or empty folder; or a `.ckpt` file for the PyTorch reference, which needs PyTorch to be written.
         step: the training step of the weights, for the record.
 
     Raises:
-        UserError: the place is taken or cannot be written, or the tokenizer or PyTorch cannot be had.
+        UserError: the place is taken or cannot be written, or the tokenizer or PyTorch is not available.
     """
     _network_of(params)
     if Path(to).suffix == ".ckpt":
@@ -166,7 +162,7 @@ def export(params: Params, to: str | Path, *, step: int = 0) -> None:
 
 @functools.lru_cache(maxsize=4)
 def tokenizer_of(name: str) -> tokenizers.Tokenizer:
-    """Returns the tokenizer of `params.tokenizer`, read once."""
+    """Returns the tokenizer that `params.tokenizer` names; it is read once."""
     return tokenizers.load(name)
 
 
@@ -195,41 +191,41 @@ def sample(
     mesh: Mesh | None = None,
     each: Callable[[Samples], None] | None = None,
 ) -> Samples:
-    """Returns texts sampled from a network; docs/sampling.md tells what each option does to quality and diversity.
+    """Returns texts sampled from a network; docs/sampling.md explains what each option does to quality and diversity.
 
-    No other seed, prompt, temperature, guidance or `top_p` below 1 compiles anew; `top_p` = 1 is a program of its own.
+    Another seed, prompt, temperature, guidance or `top_p` below 1 does not recompile; `top_p` = 1 is a program of its own.
 
     Args:
         params: what `load` returned.
         n_steps: steps of the sampler; more is better and slower. The noise removal is one more network call. An
-            autoregressive network takes one call a token, whatever this is.
+            autoregressive network takes one call per token, whatever this is.
         seed: the same seed gives the same texts (for the same `rows_at_once` and number of devices).
         batch_size: how many texts.
         length: tokens in each, BOS and EOS included; the network's own length if None. Longer texts are written in strides.
-        sampler: `ancestral`; `psi`, which also draws tokens anew; for mdlm, sedd and d3pm also `ancestral_cache`, the same
+        sampler: `ancestral`; `psi`, which also redraws tokens; for mdlm, sedd and d3pm also `ancestral_cache`, the same
             texts with fewer calls; for sedd also `analytic`; `autoregressive` for ar, where `ancestral` is the same.
         noise_removal: the last call: `ancestral` (a draw), `greedy` (the most probable tokens: cleaner, less
             diverse), `none`.
         top_p: nucleus: at each step a token is kept if the probabilities above its own sum to at most this; 1 keeps all.
         prompt: how the texts begin, after BOS: one string for all, or one for each.
-        infill: texts with gaps, `___` (three or more underscores), which share evenly what the rest leaves of the length,
-            one for all or one for each; or a pair of arrays (tokens, mask), `[L]` or `[B, L]`, true where a token is held.
-        temperature: below 1 makes probable tokens more so.
-        psi: of the psi sampler: one kappa mode for all steps, such as "constant-0.9", or a `sampling.Psi`.
-        guidance: how far to lead away from what the network says without the prompt; 1 is not at all. Doubles the calls.
-        negative_prompt: lead away from what it says with this prompt instead.
-        early_stop: a uniform-state text is taken as finished when so many steps in a row have not changed it; 0: never.
-        stride: new tokens a window, for texts longer than the network's length; half of that length if None.
-        rows_at_once: texts sampled together, which bounds the memory; at most 64 a device if None.
+        infill: texts with gaps, `___` (three or more underscores), one for all or one for each; the gaps share the rest of
+            the length evenly. Or a pair of arrays (tokens, mask), `[L]` or `[B, L]`, true where a token is held.
+        temperature: below 1 makes probable tokens more probable.
+        psi: for the psi sampler: one kappa mode for all steps, such as "constant-0.9", or a `sampling.Psi`.
+        guidance: how far to lead away from the prediction without the prompt; 1 is not at all. Doubles the calls.
+        negative_prompt: lead away from the prediction with this prompt instead.
+        early_stop: a uniform-state text is finished after this many successive steps without a change; 0 turns this off.
+        stride: new tokens per window, for texts longer than the network's length; half of that length if None.
+        rows_at_once: texts sampled together, which bounds the memory; at most 64 per device if None.
         trajectory: whether to keep the tokens of every step.
-        until_eos: whether `.text` ends where the first EOS stands, as networks are trained on rows of several documents;
-            `.tokens` and `.entropy` are of the whole row. Otherwise EOS reads as an empty line.
-        progress: whether to show a progress bar; where it shows steps, that is a program of its own, too.
-        mesh: whose devices share the texts, for several hosts; this process's devices if None.
-        each: given every batch as it comes.
+        until_eos: whether `.text` ends at the first EOS, since networks are trained on rows of several documents; `.tokens`
+            and `.entropy` are of the whole row. Otherwise EOS reads as an empty line.
+        progress: whether to show a progress bar; one that counts steps makes a program of its own, too.
+        mesh: the devices that share the texts, for several hosts; this process's devices if None.
+        each: called with each batch when it is finished.
 
     Raises:
-        UserError: a setting that cannot be, or a prompt that does not fit or that the tokenizer cannot encode.
+        UserError: an invalid setting, or a prompt that does not fit or that the tokenizer cannot encode.
     """
     network = _network_of(params)
     length = network.length if length is None else length
@@ -275,7 +271,7 @@ def sample(
     unconditional = None
     if settings.guided:
         unconditional = sampling.prompts.known(tokenizer, shape, prompt=negative_prompt or "")
-        if negative_prompt is None:  # outside what the texts hold the two must be alike
+        if negative_prompt is None:  # it may hold only what the texts hold
             unconditional = unconditional[0], unconditional[1] & held
 
     def samples(texts: sampling.texts.Texts) -> Samples:
@@ -290,20 +286,20 @@ def sample(
             trajectory=texts.trajectory,
         )
 
-    with _bar(batch_size, progress, mesh) as (tells, planned, came):
+    with _bar(batch_size, progress, mesh) as (in_steps, planned, finished):
 
         def done(texts: sampling.texts.Texts) -> None:
             if each is not None:
                 each(samples(texts))
-            came(len(texts.tokens))
+            finished(len(texts.tokens))
 
         texts = sampling.texts.sample(
             params.weights,
             network,
-            dataclasses.replace(settings, reports_steps=tells),
+            dataclasses.replace(settings, reports_steps=in_steps),
             jax.random.key(seed),
             known,
-            # One type, whatever was given: 1 and 1.0 would be two programs.
+            # Always of one type: 1 and 1.0 would be two programs.
             knobs=sampling.Knobs(*(np.float32(value) for value in (top_p, temperature, guidance))),
             bos_id=tokenizer.bos_id,
             unconditional=unconditional,
@@ -320,46 +316,45 @@ def sample(
 def _bar(
     number: int, shown: bool, mesh: Mesh | None
 ) -> Iterator[tuple[bool, Callable[[int], None], Callable[[int], None]]]:
-    """Shows how far the sampling of so many texts is: in steps where one device alone can tell of them, else in texts.
+    """Shows the progress of sampling a number of texts: in steps if a single device can report them, else in texts.
 
-    Gives whether the program is to tell of its steps; what takes their number beforehand; and what takes the number of texts
-    in each batch that has come.
+    Yields whether the program is to report its steps, and two functions to call: `planned` with the number of all steps,
+    before the first, and `finished` with the number of texts of each finished batch.
     """
-    finished = 0
+    count = 0
 
     def planned(steps: int) -> None:
-        bar.total = steps if tells else number
+        bar.total = steps if in_steps else number
 
-    def came(texts: int) -> None:
-        nonlocal finished
-        finished += texts
-        if not tells:
+    def finished(texts: int) -> None:
+        nonlocal count
+        count += texts
+        if not in_steps:
             bar.update(texts)
         elif number > texts:
-            bar.set_postfix_str(f"{finished:,} of {number:,} texts", refresh=False)
+            bar.set_postfix_str(f"{count:,} of {number:,} texts", refresh=False)
 
     with contextlib.ExitStack() as stack:
-        tells = stack.enter_context(
-            progress_lib.own_step_reports(shown and mesh is None and jax.local_device_count() == 1)
-        )
-        unit = " steps" if tells else " texts"
+        alone = mesh is None and jax.local_device_count() == 1
+        in_steps = stack.enter_context(progress_lib.own_step_reports(shown and alone))
+        unit = " steps" if in_steps else " texts"
         bar = stack.enter_context(progress_lib.bar(total=0, desc="sampling", unit=unit, disable=not shown))
-        if tells:
+        if in_steps:
             progress_lib.listen(bar.update)
-        yield tells, planned, came
-        if tells:
+        yield in_steps, planned, finished
+        if in_steps:
             jax.effects_barrier()
 
 
 def _network_of(params: Any) -> Network:
-    """Returns a network's settings, or raises UserError if what is given is none."""
+    """Returns the network that `params` belong to, or raises UserError if they are none of `load`."""
     if not isinstance(params, Params):
         raise UserError(f"params is {type(params).__name__}; give what duo_jax.load returns.")
     return params.network
 
 
 def _whole(name: str, value: Any) -> int:
-    """Returns a value as the int that it is, or raises UserError."""
+    """Returns a whole number as an int, or raises UserError."""
     try:
         return operator.index(value)
     except TypeError as error:
@@ -367,17 +362,17 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _seed(value: Any) -> int:
-    """Returns a seed as the int that it is, or raises UserError."""
+    """Returns a seed as an int, or raises UserError."""
     seed = _whole("seed", value)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be from 0 to 2^32 - 1.")
     return seed
 
 
-def _checked_tokens(given: Any, network: Network) -> np.ndarray:
-    """Returns token ids as the rows `[B, L]` that they are, or raises UserError if the network cannot read them."""
+def _checked_tokens(ids: Any, network: Network) -> np.ndarray:
+    """Returns token ids as rows `[B, L]`, or raises UserError if the network cannot read them."""
     try:
-        tokens = np.atleast_2d(np.asarray(given))
+        tokens = np.atleast_2d(np.asarray(ids))
     except ValueError as error:
         raise UserError("the rows of tokens differ in length; score them one by one.") from error
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
@@ -388,7 +383,7 @@ def _checked_tokens(given: Any, network: Network) -> np.ndarray:
         )
     if network.process != "uniform" and (tokens == network.mask_id).any():
         raise UserError(
-            f"a token id is {network.mask_id}, the mask, which no text holds; score rows that are padded one by one, cut."
+            f"a token id is {network.mask_id}, the mask, which no text holds; cut off padding, and score rows one by one."
         )
     if tokens.shape[1] > network.length:
         raise UserError(
@@ -401,17 +396,17 @@ def _checked_tokens(given: Any, network: Network) -> np.ndarray:
 def score(
     params: Params, text_or_tokens: Any, *, prompt: str | None = None, seed: int = 0, n_samples: int = 16
 ) -> Score:
-    """Returns how probable a text is: a bound on its negative log-likelihood in nats per token.
+    """Returns a bound on the negative log-likelihood of a text, in nats per token.
 
-    The bound is an expectation over the time t and the noise; it is estimated `n_samples` times, independently, so that
-    the standard error is that of their mean.
+    The bound is an expectation over the time t and the noise. The result is the mean of `n_samples` independent estimates,
+    with the standard error of that mean.
 
     Args:
         params: what `load` returned.
         text_or_tokens: a string, which is tokenized and cut into rows BOS ... EOS of at most the network's length; or token
             ids, `[L]` or `[B, L]`, scored as they are.
-        prompt: what stands before the text and is given, not scored, as it would be in sampling; of a string only. The
-            string then follows it as it stands, its first space included, and both fit the network's length.
+        prompt: what precedes a string and is given, not scored, as in sampling. The string follows it unchanged, its first
+            space included, and both together must fit the network's length.
         seed: of the noise.
         n_samples: independent estimates; the standard error shrinks with their square root.
 

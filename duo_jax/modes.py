@@ -1,4 +1,4 @@
-"""What `config.mode` chooses between: train, eval, sample."""
+"""The modes that `config.mode` chooses from: train, eval, sample."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint, loop, partition
 from duo_jax.training import run as run_lib
 
-# What `config.sample` hands on under the same name, and how many texts are printed.
-_SAMPLE = (
+# Settings of `config.sample` that `api.sample` takes under the same name.
+_SAMPLE_SETTINGS = (
     "n_steps",
     "seed",
     "sampler",
@@ -34,14 +34,14 @@ _SAMPLE = (
     "early_stop",
     "trajectory",
 )
-_SHOWN = 4
+_SHOWN = 4  # texts are printed
 
-# What may differ between a checkpoint and the config it is used with: how it is computed, not what it is.
-_HOW = ("precision", "attention", "head_mib", "dropout", "remat", "scan")
+# Fields that only change how the network is computed: the config's may differ from the checkpoint's.
+_COMPUTATION_ONLY = ("precision", "attention", "head_mib", "dropout", "remat", "scan")
 
 
 def _load(config: ConfigDict, workdir: str) -> tuple[Params, Path, int, dict[str, Any]]:
-    """Returns the newest network of a workdir, computed as the config says, its run's folder, its step and its record.
+    """Returns the newest network of a workdir, set to compute as the config says, its run's folder, its step and record.
 
     Raises:
         UserError: the config describes another network than the checkpoint's.
@@ -49,7 +49,7 @@ def _load(config: ConfigDict, workdir: str) -> tuple[Params, Path, int, dict[str
     home, step = checkpoint.find(workdir)
     params, record = checkpoint.read(checkpoint.folder_of(home, step))
     wanted = Network.from_config(config, params.network.vocab_size, params.network.mask_id)
-    same = dataclasses.replace(wanted, **{name: getattr(params.network, name) for name in _HOW})
+    same = dataclasses.replace(wanted, **{name: getattr(params.network, name) for name in _COMPUTATION_ONLY})
     if same != params.network:
         have, want = dataclasses.asdict(params.network), dataclasses.asdict(same)
         different = [
@@ -59,7 +59,9 @@ def _load(config: ConfigDict, workdir: str) -> tuple[Params, Path, int, dict[str
         flags = [
             f"--config.{key}={was[key]}"
             for key in was
-            if key.split(".")[0] in ("model", "algo") and key.split(".")[-1] not in _HOW and was[key] != now.get(key)
+            if key.split(".")[0] in ("model", "algo")
+            and key.split(".")[-1] not in _COMPUTATION_ONLY
+            and was[key] != now.get(key)
         ]
         hint = f" It was trained with {' '.join(flags)}." if flags else ""
         raise UserError(f"the config is not that of the network in {workdir}: {'; '.join(different)}.{hint}")
@@ -69,14 +71,14 @@ def _load(config: ConfigDict, workdir: str) -> tuple[Params, Path, int, dict[str
 def _own_data(config: ConfigDict, record: dict[str, Any]) -> ConfigDict:
     """Returns the config with the data that the run was trained on, unless the command line names other data.
 
-    A recipe's data may be others than the run's, whose flags nobody wants to give again. From Python, where nothing tells
-    what was meant, the config counts as it is.
+    A recipe may name other data than the run's, and nobody wants to repeat the run's flags. From Python, where there are no
+    flags to show what was meant, the config is used as it is.
     """
-    given = cli.given()
-    if given is None or "config" not in record:
+    overridden = cli.given()
+    if overridden is None or "config" not in record:
         return config
-    named = {name.removeprefix("data.") for name in given if name.startswith("data.")}
-    if named - {"workers", "dir"}:  # these say how the data are read, and not which they are
+    named = {name.removeprefix("data.") for name in overridden if name.startswith("data.")}
+    if named - {"workers", "dir"}:  # these say how the data are read, not which data
         return config
     own = config.copy_and_resolve_references().unlock()
     own.data.update({name: value for name, value in record["config"]["data"].items() if name not in named})
@@ -102,8 +104,8 @@ def _heldout_folder(config: ConfigDict, workdir: str, tokenizer: Tokenizer) -> P
 def evaluate(config: ConfigDict, workdir: str) -> None:
     """Measures the likelihood of text under the newest checkpoint.
 
-    That of the held-out split goes to `WORKDIR/eval.json`; that of the text at `config.eval.path` is a line more of
-    `WORKDIR/zero_shot.jsonl`. Where the workdir is the folder of a checkpoint, that of its run is written to.
+    That of the held-out split is written to `WORKDIR/eval.json`; that of the text at `config.eval.path` is appended to
+    `WORKDIR/zero_shot.jsonl`. If the workdir is the folder of a checkpoint, its run's folder is written to.
     """
     params, home, step, record = _load(config, workdir)
     if not config.eval.path:
@@ -142,7 +144,7 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
 
 
 def _new(folder: Path, stem: str, suffix: str) -> Path:
-    """Makes the first of STEM.SUFFIX, STEM-2.SUFFIX, STEM-3.SUFFIX, ... that is not there yet, empty, and returns it.
+    """Creates and returns an empty file: the first of STEM.SUFFIX, STEM-2.SUFFIX, ... that does not exist yet.
 
     Raises:
         UserError: it cannot be written.
@@ -152,7 +154,7 @@ def _new(folder: Path, stem: str, suffix: str) -> Path:
         path = folder / next(names)
         try:
             with files.written(path):
-                path.open("x").close()  # so that no job that starts now takes the same
+                path.open("x").close()  # so that no other job takes the same
         except UserError as error:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
@@ -163,20 +165,20 @@ def _new(folder: Path, stem: str, suffix: str) -> Path:
 def sample(config: ConfigDict, workdir: str) -> None:
     """Samples texts from the newest checkpoint, prints the first few, and writes them to `WORKDIR/samples.jsonl`.
 
-    If that exists, to `samples-2.jsonl` and so on: samples may be hours of work. Where the workdir is the folder of a
-    checkpoint, that of its run is written to.
+    If that exists, to `samples-2.jsonl` and so on: samples may be hours of work. If the workdir is the folder of a
+    checkpoint, its run's folder is written to.
     """
     params, home, *_ = _load(config, workdir)
     files.check_folder(home)
-    chosen = config.sample
-    psi = sampling.Psi.from_config(chosen)
-    settings = {name: chosen[name] for name in _SAMPLE} | {
-        "length": params.network.length if chosen.length is None else chosen.length,
-        "prompt": chosen.prompt or None,
-        "negative_prompt": chosen.negative_prompt or None,
-        "infill": chosen.infill or None,
-        "stride": chosen.stride or None,
-        "rows_at_once": chosen.batch_size,
+    sample_config = config.sample
+    psi = sampling.Psi.from_config(sample_config)
+    settings = {name: sample_config[name] for name in _SAMPLE_SETTINGS} | {
+        "length": params.network.length if sample_config.length is None else sample_config.length,
+        "prompt": sample_config.prompt or None,
+        "negative_prompt": sample_config.negative_prompt or None,
+        "infill": sample_config.infill or None,
+        "stride": sample_config.stride or None,
+        "rows_at_once": sample_config.batch_size,
     }
     mesh = None
     if jax.process_count() > 1:
@@ -187,7 +189,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
     done = 0
 
     def show_and_write(batch: api.Samples) -> None:
-        """Prints the first texts and adds a batch to the file, so that a killed job has written what it had."""
+        """Prints the first texts and appends each batch to the file, so that a killed job keeps what it had."""
         nonlocal done
         if jax.process_index():
             return
@@ -202,7 +204,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
                     row["trajectory"] = batch.trajectory[:, i].tolist()
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    number = chosen.num or chosen.batch_size
+    number = sample_config.num or sample_config.batch_size
     try:
         result = api.sample(
             params,
@@ -215,7 +217,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
         )
     finally:
         if not jax.process_index() and not path.stat().st_size:
-            path.unlink()  # nothing came of it
+            path.unlink()  # there is no text
     if jax.process_index():
         return
     shown = f" (the first {_SHOWN} above)" if len(result.text) > _SHOWN else ""
@@ -226,8 +228,10 @@ MODES = {"train": loop.train, "eval": evaluate, "sample": sample}
 
 
 def _place() -> dict[str, int]:
-    """Returns how many processes there are and which this one is, where the environment says so: what JAX finds out by
-    itself under SLURM, Open MPI and on TPU pods, and else asks for. The address it reads itself.
+    """Returns the number of processes and the index of this one, where the environment gives them.
+
+    JAX finds both by itself under SLURM, Open MPI and on TPU pods, and needs them elsewhere; it reads the coordinator's
+    address itself.
 
     Raises:
         UserError: a value is no whole number.
@@ -246,7 +250,7 @@ def run(config: ConfigDict, workdir: str) -> int | None:
     """Does what `config.mode` says, on all hosts if `config.distributed`.
 
     Returns:
-        the number of the signal that stopped a training run, or None where all was done.
+        the number of the signal that stopped a training run, or None if it finished.
     """
     if config.distributed:
         place = _place()

@@ -4,10 +4,10 @@ A sampler starts from the prior (uniform tokens, or masks), walks a grid of time
 network call a step, and ends with a noise-removal call at t_n. With a distilled network, n of 1 to 8 is the few-step
 consistency sampler of *The Diffusion Duality*.
 
-A denoiser is a function `denoise(states, sigma [B], visitor, needs_prediction [B, L], *per_token)`. It predicts from each state (int32
-`[B, L]`; one, or two under guidance) and returns `visitor(logits, *per_token)`, where `logits` is a tuple with one
-`[..., K]` per state. Only the results where `needs_prediction` is true are used. It may call the visitor on a few tokens at a time:
-with a network no `[B, L, K]` exists, and no logits are computed for tokens that a step does not ask for.
+A denoiser is a function `denoise(states, sigma [B], visitor, needs_prediction [B, L], *per_token)`. It predicts from each
+state (int32 `[B, L]`; one, or two under guidance) and returns `visitor(logits, *per_token)`, where `logits` is a tuple with
+one `[..., K]` per state. Only the results where `needs_prediction` is true are used. It may call the visitor on a few tokens
+at a time: with a network no `[B, L, K]` exists, and no logits are computed for tokens that need no prediction.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Walk:
         tokens: int32 `[B, L]`.
         network_calls: how often the network was evaluated, an int32 scalar; a guided step evaluates it twice.
         predictions: the number of tokens whose logits were computed, over all calls, an int32 scalar.
-        trajectory: int32 `[n, B, L]`, the tokens after each step; None unless needs_prediction for.
+        trajectory: int32 `[n, B, L]`, the tokens after each step; None unless asked for.
     """
 
     tokens: jax.Array
