@@ -1,8 +1,8 @@
-"""Runs beside one another: `python -m duo_jax.evaluation.compare --runs NAME=WORKDIR ... --out DIR`.
+"""Compares runs: `python -m duo_jax.evaluation.compare --runs NAME=WORKDIR ... --out DIR`.
 
-Reads what runs measured of the same held-out tokens while they trained, finished or not, and writes
+Reads what runs, finished or not, measured on the same held-out tokens while they trained, and writes
 
-DIR/compare.md     the last figures, a row a run
+DIR/compare.md     the last figures, one row per run
 DIR/compare.png    held-out perplexity against steps
 """
 
@@ -22,10 +22,10 @@ from duo_jax.files import check_folder
 from duo_jax.training import workdir as workdir_lib
 from duo_jax.training.writers import read_jsonl
 
-# What decides which tokens are held out and how they are cut into rows.
+# Settings that decide, beside those of the data, which tokens are held out and how they are cut into rows.
 _ROWS = ("model.length", "eval.batch_size", "eval.batches")
-_HOW_READ = ("data.workers", "data.dir")
-# What an evaluation leaves in the metrics, as far as it is read here.
+_HOW_READ = ("data.workers", "data.dir")  # settings that do not change which data are read
+# The metrics of an evaluation that are read here.
 _FIGURES = {"step", "heldout/nll", "heldout/tokens", "heldout/unigram_ppl", "heldout/uniform_ppl"}
 
 
@@ -36,7 +36,7 @@ class Curve(NamedTuple):
         name: in the table and the picture.
         settings: of the run, flat.
         heldout: `heldout/...` figures by step, in order.
-        rate: tokens trained on a second, the median of what was logged; None if nothing was.
+        rate: tokens trained on per second, the median of the logged values; None if there are none.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Curve(NamedTuple):
         """The figures of the last evaluation."""
         return self.heldout[max(self.heldout)]
 
-    def of_rows(self) -> dict[str, Any]:
+    def row_settings(self) -> dict[str, Any]:
         """Returns the settings that two runs must share to have the same held-out rows."""
         data = {key: value for key, value in self.settings.items() if key.startswith("data.") and key not in _HOW_READ}
         return data | {key: self.settings[key] for key in _ROWS}
@@ -64,11 +64,11 @@ def read(name: str, folder: Path) -> Curve:
     """Returns what the run in a folder measured.
 
     Raises:
-        UserError: it is no run's folder, or nothing was evaluated yet.
+        UserError: the folder is not a run's, or nothing was evaluated yet.
     """
     try:
         settings = config_lib.flatten(json.loads((folder / workdir_lib.CONFIG).read_text(encoding="utf-8")))
-        settings = config_lib.flatten(config_lib.default()) | settings  # what its version did not know had its default
+        settings = config_lib.flatten(config_lib.default()) | settings  # settings that its version lacked are defaults
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--runs: {folder} is no folder of a run, with {workdir_lib.CONFIG}: {error}.") from error
     rows = [row for row in read_jsonl(folder / workdir_lib.METRICS) if isinstance(row, dict)]
@@ -83,7 +83,7 @@ def check(curves: Sequence[Curve]) -> None:
     """Raises UserError unless all figures are of the same held-out rows."""
     first = curves[0]
     for other in curves[1:]:
-        ours, theirs = first.of_rows(), other.of_rows()
+        ours, theirs = first.row_settings(), other.row_settings()
         if different := [key for key in ours if ours[key] != theirs[key]]:
             key = different[0]
             raise UserError(
@@ -93,7 +93,7 @@ def check(curves: Sequence[Curve]) -> None:
 
 
 def per_token(curve: Curve, step: int, tokens: int) -> float:
-    """Returns the nats of all held-out rows at a step, a share for each of `tokens`."""
+    """Returns the nats of all held-out rows at a step, divided by `tokens`."""
     row = curve.heldout[step]
     return row["heldout/nll"] * row["heldout/tokens"] / tokens
 
@@ -108,8 +108,8 @@ def table(curves: Sequence[Curve], tokens: int) -> str:
         step = max(curve.heldout)
         seen = step * curve.settings["train.batch_size"] * curve.settings["model.length"]
         nll, error = per_token(curve, step, tokens), curve.last.get("heldout/stderr")
-        beside = f" ± {error * curve.tokens / tokens:.4f}" if error else ""  # of the same tokens
-        figures = f"{nll:.4f}{beside} | {nll / math.log(2):.4f} | {math.exp(nll):.2f}"
+        margin = f" ± {error * curve.tokens / tokens:.4f}" if error else ""  # per token of the same number
+        figures = f"{nll:.4f}{margin} | {nll / math.log(2):.4f} | {math.exp(nll):.2f}"
         algo = curve.settings["algo.name"]
         if algo == "duo":
             algo += f" ({curve.settings['algo.curriculum.kind']})"
@@ -119,19 +119,19 @@ def table(curves: Sequence[Curve], tokens: int) -> str:
 
 
 def provenance(curves: Sequence[Curve], tokens: int) -> str:
-    """Returns what the figures are of."""
+    """Returns a note on what the figures measure."""
     like = min(curves, key=lambda curve: curve.tokens)
     unigram, uniform = (like.last[f"heldout/{name}_ppl"] for name in ("unigram", "uniform"))
-    told = (
+    note = (
         f"Of {tokens:,} held-out tokens, with EMA weights; ± is the standard error over batches. Token frequencies alone "
         f"have PPL {unigram:,.1f}, no knowledge {uniform:,.0f}."
     )
     if {curve.settings["algo.name"] == "ar" for curve in curves} == {True, False}:
-        told += (
-            " The autoregressive figure is exact, the others are upper bounds. All are per token but BOS, which an "
-            "autoregressive network is given; what the others need to tell it is counted to the rest."
+        note += (
+            " The autoregressive figure is exact, the others are upper bounds. All are per token other than BOS, which an "
+            "autoregressive network is given; the nats that the others need for BOS are included."
         )
-    return told
+    return note
 
 
 def report(runs: dict[str, str], out: Path) -> None:

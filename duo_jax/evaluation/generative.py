@@ -21,8 +21,8 @@ class Quality:
     """Figures of a set of texts; a low perplexity at a low entropy is repetition, so they belong together.
 
     Attributes:
-        ppl: exp of the judge's nats per token of its own.
-        bits: the judge's bits per character, however many tokens it takes them for.
+        ppl: exp of the judge's nats per token, in tokens of its own tokenizer.
+        bits: the judge's bits per character, whatever its number of tokens.
         entropy: mean over the texts of the unigram entropy of the generating tokenizer's ids, in nats.
         distinct: shares of different n-grams of words among all of them, for n = 1, 2, 3.
         judged: how many tokens the judge has scored.
@@ -51,16 +51,16 @@ def quality(
 ) -> tuple[Quality, list[str]]:
     """Returns the figures of rows of token ids `[B, L]`, and the texts that were judged.
 
-    Rows are decoded, and tokenized anew by the judge. The entropy is that of the whole row.
+    Rows are decoded, and tokenized again by the judge. The entropy is that of the whole row.
 
     Args:
         tokens: the rows.
         tokenizer: their tokenizer.
-        judge: who judges.
-        done: told the number of texts just judged.
-        protocol: `ours`: a row counts up to its first EOS, whose place in the text the judge scores as its own end of text.
-            `reference`: as published, a row counts whole, its special ids shown by their names, of which GPT-2's EOS is the
-            judge's boundary too; see `Judge.published_nll`.
+        judge: the language model that judges.
+        done: called with the number of texts just judged.
+        protocol: `ours`: a row is judged up to its first EOS, which the judge scores as its own end of text. `reference`: as
+            published, a whole row is judged, with its special ids written by name; GPT-2's EOS is also the judge's boundary.
+            See `Judge.published_nll`.
     """
     if protocol == REFERENCE:
         texts = [tokenizer.decode(row, special=True) for row in tokens]

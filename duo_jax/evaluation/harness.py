@@ -1,7 +1,7 @@
 """Downstream tasks: `python -m duo_jax.evaluation.harness --model=WORKDIR --tasks=hellaswag,piqa`.
 
-Tasks, prompts, few-shot examples and metrics are those of EleutherAI's lm-evaluation-harness; the network answers what it
-asks (docs/evaluation.md tells how). `--include_path` names a folder of tasks of one's own, in the harness's format.
+Tasks, prompts, few-shot examples and metrics are those of EleutherAI's lm-evaluation-harness; the network answers its
+requests (see docs/evaluation.md). `--include_path` names a folder of your own tasks, in the harness's format.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from duo_jax import cli, progress
 from duo_jax.errors import UserError
 from duo_jax.files import check_folder
 
-# Of what the harness returns; the rest is what it found about the machine.
+# The parts of the harness's results that are kept; the rest describes the machine.
 _KEPT = ("settings", "results", "groups", "versions", "n-shot", "n-samples")
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the harness's results for the tasks, its `results`, `n-samples` and the rest of what tells them."""
+    """Returns all that the harness reports on the tasks, such as `results` and `n-samples`, and the settings."""
     from duo_jax import api
     from duo_jax.evaluation.harness_model import Model, TaskManager, simple_evaluate
 
@@ -48,12 +48,12 @@ def main() -> None:
     parser = cli.Parser(prog=name, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a run's workdir, an exported folder, or a hub id")
     parser.add_argument("--tasks", required=True, type=lambda text: text.split(","), help="comma-separated")
-    parser.add_argument("--include_path", type=Path, help="a folder of tasks of one's own")
-    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt, if not what the task says")
-    parser.add_argument("--limit", type=int, help="only so many documents a task")
-    parser.add_argument("--n_samples", type=int, default=128, help="draws of time and noise a likelihood")
+    parser.add_argument("--include_path", type=Path, help="a folder of your own tasks")
+    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt; the task's own number if not given")
+    parser.add_argument("--limit", type=int, help="the most documents per task")
+    parser.add_argument("--n_samples", type=int, default=128, help="draws of time and noise per likelihood")
     parser.add_argument("--n_steps", type=int, default=32, help="steps of the sampler, for tasks that generate")
-    parser.add_argument("--seed", type=int, default=0, help="of likelihoods and samples")
+    parser.add_argument("--seed", type=int, default=0, help="seed of likelihoods and samples")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
     parser.add_argument("--out", type=Path, help="folder for harness.json")
     with cli.one_line_errors():

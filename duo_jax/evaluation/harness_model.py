@@ -1,4 +1,4 @@
-"""A network as EleutherAI's lm-evaluation-harness sees a language model; needs the package `lm_eval`."""
+"""A network as a language model of EleutherAI's lm-evaluation-harness; needs the package `lm_eval`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ try:
 except ImportError as error:
     raise UserError(f"the harness needs lm_eval ({error}); install it: pip install 'duo_jax[harness]'.") from error
 
-# Token ids, BOS first, and where the part of them begins that is scored.
+# Token ids, BOS first, and where the scored part of them begins.
 Row = tuple[list[int], int]
 
 
 class Model(LM):
-    """What the harness asks of a language model, answered by a network.
+    """Answers the harness's requests with a network.
 
-    Likelihoods are `likelihood.continuation`: of a diffusion network a lower bound, estimated, so that of close choices now
-    and then the wrong one wins; more samples make that rarer.
+    Likelihoods are those of `likelihood.continuation`. For a diffusion network they are estimates of a lower bound, so that
+    the wrong one of two close choices sometimes wins; more samples make that rarer.
     """
 
     def __init__(self, params: Params, *, n_samples: int = 128, n_steps: int = 32, seed: int = 0) -> None:
@@ -39,9 +39,9 @@ class Model(LM):
 
         Args:
             params: what `duo_jax.load` returned.
-            n_samples: draws of time and noise a likelihood.
-            n_steps: of the sampler, for tasks that generate.
-            seed: of both.
+            n_samples: draws of time and noise per likelihood.
+            n_steps: steps of the sampler, for tasks that generate.
+            seed: seed of both.
         """
         super().__init__()
         self._params, self._n_samples, self._n_steps, self._seed = params, n_samples, n_steps, seed
@@ -49,7 +49,7 @@ class Model(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Which tokenizer's texts a cache of requests holds."""
+        """The name of the tokenizer, by which the harness tells caches of requests apart."""
         return self._tokenizer.name
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -60,7 +60,7 @@ class Model(LM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Returns each text's log-likelihood in nats, the sum of those of rows BOS ... EOS as in training, EOS included."""
+        """Returns each text's log-likelihood in nats, summed over rows BOS ... EOS as in training, EOS included."""
 
         def rows(text: str) -> list[Row]:
             rows = rows_lib.of_text(self._tokenizer.encode(text), self._tokenizer, self._params.network.length)
@@ -102,15 +102,15 @@ class Model(LM):
         return texts
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Returns the tokens of both; the space between them is the continuation's, as tokens begin with their space."""
+        """Returns the tokens of both; space between them belongs to the continuation, as tokens begin with their space."""
         bare = context.rstrip()
         before = self._tokenizer.encode(bare)
         return before, self._tokenizer.encode(bare + context[len(bare) :] + continuation)[len(before) :]
 
     def _rows(self, before: Sequence[int], end: Sequence[int]) -> Iterator[Row]:
-        """Yields BOS and what fits the network of context and continuation, cut after BOS; usually one row.
+        """Yields rows, usually one, of BOS, as much of the end of the context as fits, and the continuation.
 
-        A continuation that does not fit is scored piece by piece, half a row each, given what stands before the piece.
+        A continuation that does not fit is scored in pieces of half a row, each given what precedes it.
         """
         room = self._params.network.length - 1
         size = len(end) if len(end) <= room else max(room // 2, 1)
@@ -120,7 +120,7 @@ class Model(LM):
             yield [*row, *piece], len(row)
 
     def _scored(self, texts: Sequence[Sequence[Row]]) -> list[tuple[float, bool]]:
-        """Returns what is known of each text's rows, together; all with the same noise, so that texts compare."""
+        """Returns each text's sum over its rows and whether all are greedy; with the same noise, so that texts compare."""
         network, key = self._params.network, jax.random.key(self._seed)
         owners = [(i, row) for i, rows in enumerate(texts) for row in rows]
         found, queue = [(0.0, True)] * len(texts), collections.deque()
@@ -138,7 +138,7 @@ class Model(LM):
                     self._params.weights, row, first, len(tokens), key, network=network, n_samples=self._n_samples
                 )
                 queue.append((i, result))
-                if len(queue) > 1:  # the device works on this one while the one before it is read
+                if len(queue) > 1:  # the device works on this one while the previous one is read
                     read()
             while queue:
                 read()

@@ -1,4 +1,4 @@
-"""A judge of text: a language model with its tokenizer, and how it is asked."""
+"""A judge of text: a language model with its tokenizer, and how it scores texts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from duo_jax.models.language_model import Spec, Weights
 BOUNDARY = "<|endoftext|>"
 
 _ROWS = 8  # texts scored together
-_LENGTHS = 32  # texts are padded to multiples of this: less would compile more programs, more would judge more padding
+_LENGTHS = 32  # texts are padded to multiples of this; fewer would compile more programs, more would judge more padding
 
 
 class Scores(NamedTuple):
-    """What a judge says of n texts.
+    """A judge's scores of n texts.
 
     Attributes:
         nll: negative log-likelihoods in nats, float64 `[n]`.
-        tokens: of how many tokens each is the sum, `[n]`.
-        characters: how long each text is, `[n]`; of one that was cut, the part that its tokens are of all its tokens.
+        tokens: the number of tokens in each sum, `[n]`.
+        characters: the length of each text, `[n]`; for a truncated text, scaled by the fraction of tokens kept.
     """
 
     nll: np.ndarray
@@ -41,7 +41,7 @@ class Judge:
         spec: see `language_model.Spec`.
         weights: float32.
         encode: text to ids, without special ones.
-        boundary: the id that stands before a text and after one that has ended.
+        boundary: the id before a text, and after one that has ended.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Judge:
     boundary: int
 
     def costs(self, rows: Sequence[Sequence[int]], done: Callable[[int], Any] = lambda n: None) -> list[np.ndarray]:
-        """Returns what each id after the first costs in nats, float64 `[n - 1]`, for rows of n ids, within the context."""
+        """Returns the cost in nats of each id but the first, float64 `[n - 1]`, for rows of n ids within the context."""
         found: list[np.ndarray] = [np.zeros(0)] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for start in range(0, len(order), _ROWS):
@@ -69,15 +69,15 @@ class Judge:
         return found
 
     def nll(self, texts: Sequence[str], ended: Sequence[bool], done: Callable[[int], Any] = lambda n: None) -> Scores:
-        """Returns how probable each text is.
+        """Returns the scores of texts.
 
-        The text stands after the boundary token, which is not scored; where it has ended, the boundary that follows it
-        is. A text longer than the context is cut there.
+        A text follows the boundary token, which is not scored; if the text has ended, the boundary that follows it is.
+        A text longer than the context is truncated.
 
         Args:
             texts: to be scored.
-            ended: whether each came to its end, rather than being cut.
-            done: told the number of texts just scored.
+            ended: whether each text came to its end, rather than being cut.
+            done: called with the number of texts just scored.
         """
         ids = [self.encode(text) for text in texts]
         rows = [
@@ -90,14 +90,14 @@ class Judge:
         return Scores(total, np.array([len(row) - 1 for row in rows]), characters)
 
     def published_nll(self, texts: Sequence[str], done: Callable[[int], Any] = lambda n: None) -> Scores:
-        """Returns how probable whole rows are by the protocol of the published generative perplexities.
+        """Returns the scores of whole rows by the protocol of the published generative perplexities.
 
-        Nothing is put before or after a text. Its first token is not scored; of the others `published_tokens` are, given all
-        that stands before them, be it of other documents. A text longer than the context is cut there.
+        Nothing is put before or after a text. Its first token is not scored; the others are if `published_tokens` says so,
+        given all tokens before them, even those of other documents. A text longer than the context is truncated.
 
         Args:
             texts: to be scored; `<|endoftext|>` in them is the boundary token.
-            done: told the number of texts just scored.
+            done: called with the number of texts just scored.
         """
         whole = [[self.encode(part) for part in text.split(BOUNDARY)] for text in texts]
         ids = [list(itertools.chain(parts[0], *([self.boundary, *part] for part in parts[1:]))) for parts in whole]
@@ -114,7 +114,7 @@ class Judge:
 def published_tokens(ids: Sequence[int] | np.ndarray, boundary: int) -> np.ndarray:
     """Returns which ids after the first count in the published generative perplexities, bool `[n - 1]` of n ids.
 
-    All that are no boundary, and the row's first boundary, which is not among them where the row begins with it.
+    Those are all ids that are not the boundary, and the row's first boundary unless the row begins with it.
     """
     ends = np.asarray(ids, np.int64) == boundary
     return (~ends | (np.cumsum(ends) == 1))[1:]

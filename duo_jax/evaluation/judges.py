@@ -18,8 +18,8 @@ from duo_jax.models.language_model import Spec, Weights
 
 SMOLLM2 = "smollm2"
 
-# What a config may say that changes what a GPT-2 computes, and what it computes here.
-_GPT2_USUAL = {
+# Entries of a config that change what a GPT-2 computes, and their only supported values.
+_GPT2_SUPPORTED = {
     "activation_function": "gelu_new",
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
@@ -89,11 +89,13 @@ def _gpt2(folder: Path, name: str) -> Judge:
         raise UserError(f"{files['config.json']} cannot be read: {error}.") from error
     if config.get("model_type") != "gpt2":
         raise UserError(
-            f"{folder} holds a {config.get('model_type')} model; as a judge from a folder only gpt2 is known."
+            f"{folder} holds a {config.get('model_type')} model; as a judge from a folder only gpt2 is supported."
         )
-    for key, usual in _GPT2_USUAL.items():
-        if config.get(key, usual) != usual:
-            raise UserError(f"{files['config.json']} has {key}={config[key]}; as a judge only {key}={usual} is known.")
+    for key, supported in _GPT2_SUPPORTED.items():
+        if config.get(key, supported) != supported:
+            raise UserError(
+                f"{files['config.json']} has {key}={config[key]}; as a judge only {key}={supported} is supported."
+            )
     try:
         tensors = load_file(files["model.safetensors"])
     except (SafetensorError, OSError, ValueError) as error:
@@ -123,7 +125,7 @@ def _gpt2(folder: Path, name: str) -> Judge:
         raise UserError(f"the judge in {folder} lacks {error}, so it is not a whole GPT-2.") from error
     try:
         tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
-    except Exception as error:  # the library raises nothing more telling
+    except Exception as error:  # the library raises nothing more specific
         raise UserError(f"{files['tokenizer.json']} cannot be read: {error}.") from error
     boundary = tokenizer.token_to_id(BOUNDARY)
     if boundary is None:
@@ -143,7 +145,9 @@ def _from_gguf(path: Path) -> Judge:
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{path} cannot be read as GGUF: {error}.") from error
     if field.get("general.architecture") != "llama":
-        raise UserError(f"{path} holds a {field.get('general.architecture')} model; as a judge only llama is known.")
+        raise UserError(
+            f"{path} holds a {field.get('general.architecture')} model; as a judge only llama is supported."
+        )
     try:
         return _llama(path, field, reader.tensors)
     except KeyError as error:
@@ -187,11 +191,11 @@ def _llama(path: Path, field: dict[str, Any], stored: Sequence[Any]) -> Judge:
         weights["head"] = jnp.asarray(tensors.pop("output.weight"))
     scaling = [key for key in field if key.startswith("llama.rope.scaling.") and field[key] != "none"]
     unknown = sorted(tensors) + scaling
-    turned = field.get("llama.rope.dimension_count")
-    if turned not in (None, weights["blocks"]["q"]["kernel"].shape[-1] // heads):
-        unknown.append(f"llama.rope.dimension_count={turned}")
-    if unknown:  # rotary factors, biases: to leave them out would be to judge by another model
-        raise UserError(f"{path} has {', '.join(unknown[:3])}, of a kind of Llama that is not known here.")
+    rotary_dim = field.get("llama.rope.dimension_count")
+    if rotary_dim not in (None, weights["blocks"]["q"]["kernel"].shape[-1] // heads):
+        unknown.append(f"llama.rope.dimension_count={rotary_dim}")
+    if unknown:  # such as rotary factors or biases: without them another model would judge
+        raise UserError(f"{path} has {', '.join(unknown[:3])}, which belong to a kind of Llama that is not supported.")
     spec = Spec(
         "llama",
         heads,

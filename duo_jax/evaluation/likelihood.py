@@ -1,4 +1,4 @@
-"""Held-out likelihood: nats per token, bits per token and perplexity, and what simple models reach beside it."""
+"""Held-out likelihood: nats per token, bits per token and perplexity, and those of token frequencies alone."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Likelihood:
     Attributes:
         nll: nats per token.
         tokens: how many were averaged over.
-        stderr: standard error of `nll` by how batches differ, in their texts and in their noise; NaN for one batch.
-        noise: that of the noise alone, by how the draws for each batch differ; NaN for one draw.
+        stderr: standard error of `nll`, from differences between batches in text and noise; NaN for one batch.
+        noise: standard error from the noise alone, from differences between the draws of each batch; NaN for one draw.
     """
 
     nll: float
@@ -50,10 +50,10 @@ class Likelihood:
         return math.exp(min(self.nll, 700.0))
 
     def figures(self) -> dict[str, float]:
-        """Returns all of it by name; without the errors that are not known."""
+        """Returns all figures by name, without errors that are NaN."""
         errors = {"stderr": self.stderr, "noise": self.noise}
-        known = {name: error for name, error in errors.items() if not math.isnan(error)}
-        return {"nll": self.nll, **known, "bpd": self.bpd, "ppl": self.ppl, "tokens": self.tokens}
+        errors = {name: error for name, error in errors.items() if not math.isnan(error)}
+        return {"nll": self.nll, **errors, "bpd": self.bpd, "ppl": self.ppl, "tokens": self.tokens}
 
 
 @functools.partial(jax.jit, static_argnames=("network", "mesh"))
@@ -75,35 +75,35 @@ def continuation(
     network: Network,
     n_samples: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns how probable the end of a text is, given its beginning, and whether it is what one greedy step writes.
+    """Returns the negative log-likelihood of a text's end, given its beginning, and whether one greedy step writes it.
 
-    The beginning stays as it is at every noise level, as a prompt does in sampling, and the loss is that of the rest: for
+    The beginning stays clean at every noise level, like a prompt in sampling, and the loss is that of the rest: for
     diffusion networks an upper bound, averaged over `n_samples` draws whose times are spread over [0, 1]; for an
-    autoregressive network exact. One program serves all texts that are filled up to one L.
+    autoregressive network exact. One program serves all texts that are padded to one L.
 
     Args:
         weights: the network's parameters.
-        tokens: int `[L]`; what stands from `length` on fills it up, and is not seen.
-        first: where the part that is scored begins, at least 1 for an autoregressive network.
+        tokens: int `[L]`; those from `length` on are padding, which the network does not see.
+        first: where the scored part begins, at least 1 for an autoregressive network.
         length: where it ends.
         key: of times and noise. The same key for several ends of one text compares them with little noise.
         network: what the weights are parameters of.
         n_samples: how many draws.
 
     Returns:
-        Nats, of all tokens together; and a bool: whether the most probable token is the text's own at every place from
-        `first` on, predicted all at once from pure noise there (autoregressive: each from the text before it).
+        The nats of all scored tokens together; and a bool: whether each of them is the most probable token at its position,
+        all predicted at once from pure noise (autoregressive: each from the text before it).
     """
     place = jnp.arange(tokens.size)
     counted = (place >= first) & (place < length)
     n_rows = 1 if network.algo == "ar" else n_samples
     key_loss, key_prior = jax.random.split(key)
 
-    def rows(x: jax.Array) -> jax.Array:
+    def repeated(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (n_rows, *x.shape))
 
     batch = {"tokens": tokens, "mask": counted.astype(jnp.float32), "given": ~counted, "lengths": jnp.asarray(length)}
-    sums = objectives.evaluation_loss(network)(weights, jax.tree.map(rows, batch), key_loss, jnp.asarray(0))[1]
+    sums = objectives.evaluation_loss(network)(weights, jax.tree.map(repeated, batch), key_loss, jnp.asarray(0))[1]
     best = _most_probable(weights, network, tokens[None], counted[None], jnp.asarray(length)[None], key_prior)
     return sums["nll"] / n_rows, jnp.all((best[0] == tokens) | ~counted)
 
@@ -145,8 +145,9 @@ def evaluate(
 ) -> Likelihood:
     """Returns the bound on the negative log-likelihood of held-out batches, with the same draws of noise every time.
 
-    A bound's noise is large: where few tokens are wrong, each stands for many. One row of 64 tokens of 2,048 is off by about
-    a nat a token, and 84,000 tokens together by 0.03. An autoregressive network's likelihood is exact and drawn once.
+    The bound's noise is large: where few tokens are noised, each has a large weight. One row of 64 tokens with K = 2,048 is
+    off by about a nat per token, and 84,000 tokens together by 0.03. An autoregressive network's likelihood is exact and
+    computed once.
 
     Args:
         weights: the network's parameters (EMA weights, usually).
@@ -154,7 +155,7 @@ def evaluate(
         batches: dicts of `tokens` and `mask`, `[B, L]`.
         put: places a batch on the devices.
         mesh: the devices over which the batch is split; None for one device.
-        draws: of times and noise for each batch.
+        draws: the number of draws of times and noise for each batch.
     """
     key = jax.random.key(_NOISE_SEED)
     draws = 1 if network.algo == "ar" else draws
@@ -164,7 +165,7 @@ def evaluate(
         for draw in range(draws):
             noise = jax.random.fold_in(of_batch, draw)
             sums.append(nll_sum(weights, on_device, noise, network=network, mesh=mesh))
-            if len(sums) > 1:  # one is queued, never all: that bounds their memory, and a bar tells what is done
+            if len(sums) > 1:  # only one stays queued: this bounds the memory, and a bar shows what is done
                 sums[-2] = jax.device_get(sums[-2])
     sums = jax.device_get(sums)
     nats, tokens = (np.array([s[name] for s in sums], np.float64).reshape(-1, draws) for name in ("nll", "tokens"))
@@ -174,7 +175,7 @@ def evaluate(
 def _mean(nats: np.ndarray, tokens: np.ndarray) -> Likelihood:
     """Returns the mean over all tokens from each batch's sums, `[batches, draws]` and `[batches]`, and its errors.
 
-    That of the whole is the error of a ratio of means.
+    `stderr` is the error of a ratio of means.
     """
     (n, draws), total = nats.shape, tokens.sum()
     of_batches = nats.mean(axis=1)
@@ -193,7 +194,7 @@ def unigram(counts: np.ndarray, batches: Iterable[dict[str, np.ndarray]], given:
     Args:
         counts: occurrences `[K]` of each token in the training rows; one is added to each, so that none is impossible.
         batches: as for `evaluate`.
-        given: so many tokens at the start of each row are given, not predicted.
+        given: how many tokens at the start of each row are given, not predicted.
     """
     nll = np.log(counts.sum() + counts.size) - np.log(counts + 1.0)
     heldout = np.zeros(counts.size, np.int64)

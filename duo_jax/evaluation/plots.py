@@ -1,4 +1,4 @@
-"""Pictures of a run, as files: pyplot, and with it what a notebook shows, is left alone."""
+"""Plots of runs and samples as files, without pyplot, so that a notebook's own figures are not affected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def perplexity(
     Args:
         path: the file.
         heldout: (step, perplexity), with EMA weights.
-        train: (step, exp(loss)) of training batches, under the objective of the moment.
+        train: (step, exp(loss)) of training batches, under the objective at that step.
         levels: horizontal lines to compare with, such as the unigram perplexity, by name.
         title: above the picture.
         marks: vertical lines at steps, such as the end of a curriculum, by name.

@@ -1,4 +1,4 @@
-"""Rows of tokens as likelihoods are measured on: cut from a text, and filled up to few shapes."""
+"""Rows of tokens to score: cut from a text, and padded to few shapes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from duo_jax.errors import UserError
 
 # Rows that one call of the network scores at once; a bounded number, whatever the length of the text.
 _ROWS = 32
-# Rows are filled up to a multiple of so many tokens.
+# Rows are padded to a multiple of this many tokens.
 _MULTIPLE = 32
 
 
 def of_text(tokens: list[int], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """Cuts a text's tokens into rows as in training, BOS ... EOS, the last one as short as it comes."""
+    """Cuts a text's tokens into rows as in training, BOS ... EOS; the last one may be shorter."""
     body = length - 2
     pieces = [tokens[i : i + body] for i in range(0, max(len(tokens), 1), body)]
     return [[tokenizer.bos_id, *piece, tokenizer.eos_id] for piece in pieces]
@@ -28,7 +28,7 @@ def after_prompt(prompt: Any, text: str, tokenizer: Tokenizer, length: int) -> t
     """Returns the one row of a prompt and a text, BOS ... EOS, and how many of its tokens are given.
 
     Raises:
-        UserError: the prompt is no text, or the row is longer than `length`.
+        UserError: the prompt is not text, or the row is longer than `length`.
     """
     if not isinstance(prompt, str):
         raise UserError(f"prompt is {prompt!r}; give text.")
@@ -39,24 +39,25 @@ def after_prompt(prompt: Any, text: str, tokenizer: Tokenizer, length: int) -> t
             f"the prompt and the text are {len(row)} tokens with BOS and EOS, and the network reads {length}; shorten them."
         )
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
-    return row, 1 + sum(1 for _ in alike)  # a token that is partly the prompt's is scored
+    return row, 1 + sum(1 for _ in alike)  # a token that is only partly the prompt's is scored
 
 
 def filled(row: Sequence[int], length: int) -> np.ndarray:
-    """Returns a row of at most `length` tokens, int32, with zeros up to one of few lengths: few programs are compiled."""
+    """Returns a row of at most `length` tokens, int32, padded with zeros to one of few lengths, to compile few programs."""
     room = min(-(-len(row) // _MULTIPLE) * _MULTIPLE, length)
     return np.pad(np.asarray(row, np.int32), (0, room - len(row)))
 
 
 def batches(rows: Sequence[Sequence[int]], given: int, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Groups rows into batches of a few shapes, as `objectives` take them: `tokens` and `mask`, `[b, l]`, and where rows are
-    short, or their first tokens given, also `given` and `lengths`. Rows that count nothing fill up each batch to a power of
-    two: few programs are compiled.
+    """Groups rows into batches of a few shapes, as `objectives` take them.
+
+    These hold `tokens` and `mask`, `[b, l]`; if rows are short, or their first tokens given, also `given` and `lengths`.
+    Empty rows pad each batch to a power of two, to compile few programs.
 
     Args:
         rows: token ids, at most `length` each.
         given: how many tokens at the beginning of each are given, not scored.
-        length: the network's.
+        length: the network's length.
     """
     pairs = [(filled(row, length), len(row)) for row in rows]
     for shape in sorted({len(tokens) for tokens, _ in pairs}):
