@@ -1,9 +1,9 @@
 """The few-step curve: `python -m duo_jax.evaluation.generate_quality --models NAME=WORKDIR ... --out DIR`.
 
 Samples texts from each network at each number of steps, and has a pretrained language model judge them. Results are kept
-in DIR/quality.json as they come, and what is there already is not sampled again:
+in DIR/quality.json as they come, and what is already there is not sampled again:
 
-DIR/quality.json    every figure, one entry a network, sampler, number of steps, noise removal and seed
+DIR/quality.json    every figure, one entry per network, sampler, number of steps, noise removal and seed
 DIR/quality.md      the table, averaged over seeds
 DIR/quality.png     perplexity and entropy against network calls, if any network was sampled
 DIR/texts.jsonl     the texts
@@ -20,29 +20,31 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from duo_jax import cli, progress
-from duo_jax.errors import UserError
-from duo_jax.evaluation.judged_texts import NONE, Model, already_written, opened, own_length, reference
-from duo_jax.files import check_folder
+import numpy as np
+from tqdm import tqdm
 
-HELDOUT = "held-out text"
+from duo_jax import api, cli, progress, sampling
+from duo_jax.data.tokenizer import Tokenizer
+from duo_jax.errors import UserError
+from duo_jax.evaluation import generative, judges, quality_flags
+from duo_jax.evaluation.judged_texts import HELDOUT, NONE, Model, already_written, opened, own_length, reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One set of texts that is sampled.
+    """The settings of one sampled set of texts.
 
     Attributes:
         model: the network's name in the report.
         checkpoint: its folder and step.
         n_steps: steps of the sampler.
         noise_removal: `ancestral`, `greedy` or `none`.
-        seed: of the sampler.
+        seed: seed of the sampler.
         num: how many texts.
         top_p: nucleus.
         temperature: of the predictions.
-        judge: who judged.
-        protocol: how; see `generative.quality`.
+        judge: the judge's name.
+        protocol: how it judged; see `generative.quality`.
         sampler: as `duo_jax.sample` calls it.
         psi: kappa mode of the sampler `psi`; empty for the others.
         length: tokens of a text; None for as many as the network's own length.
@@ -64,43 +66,39 @@ class Case:
 
 
 def samplers(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Returns the samplers that are asked for, each with its kappa mode or an empty string, in order."""
-    from duo_jax import sampling
-
+    """Returns the samplers that the flags ask for, each with its kappa mode or an empty string, in order."""
     modes = {"psi": args.psi or [sampling.Psi().high]}
     return [(sampler, psi) for sampler in args.sampler for psi in modes.get(sampler, [""])]
 
 
 def cases(args: argparse.Namespace, models: dict[str, Model], judge: str) -> Iterator[Case]:
-    """Yields what is to be sampled; an autoregressive network takes a call a token, whatever the number of steps."""
+    """Yields the sets to sample; an autoregressive network takes one call per token, whatever the number of steps."""
     for name, model in models.items():
         network = model.params.network
-        ways, steps, tails = samplers(args), args.steps, args.noise_removal
+        pairs, steps, removals = samplers(args), args.steps, args.noise_removal
         if network.algo == "ar":
-            ways, steps, tails = [("ancestral", "")], [args.length or network.length], ["ancestral"]
-        how = args.num, args.top_p, args.temperature, judge, args.protocol
-        for (sampler, psi), n_steps, tail, seed in itertools.product(ways, steps, tails, args.seeds):
-            yield Case(name, model.checkpoint, n_steps, tail, seed, *how, sampler, psi, own_length(args, network))
+            pairs, steps, removals = [("ancestral", "")], [args.length or network.length], ["ancestral"]
+        fixed = args.num, args.top_p, args.temperature, judge, args.protocol
+        for (sampler, psi), n_steps, removal, seed in itertools.product(pairs, steps, removals, args.seeds):
+            yield Case(name, model.checkpoint, n_steps, removal, seed, *fixed, sampler, psi, own_length(args, network))
 
 
 def check_fit(args: argparse.Namespace, name: str, network: Any) -> None:
-    """Raises UserError if a network cannot be sampled as is asked; an autoregressive one is sampled in its own way."""
-    from duo_jax import sampling
-
+    """Raises UserError if a network cannot be sampled as the flags say; an autoregressive one has its own sampler."""
     if network.algo == "ar":
         return
-    for (sampler, psi), tail in itertools.product(samplers(args), args.noise_removal):
+    for (sampler, psi), removal in itertools.product(samplers(args), args.noise_removal):
         try:
             sampling.Settings.for_network(
                 network,
                 min(args.steps),
                 sampler=sampler,
-                noise_removal=tail,
+                noise_removal=removal,
                 top_p=args.top_p,
                 psi=sampling.as_psi(psi or None, sampler),
             )
         except UserError as error:
-            raise UserError(f"the network {name} cannot be sampled so: {error}") from error
+            raise UserError(f"the network {name} cannot be sampled with these flags: {error}") from error
 
 
 def key_of(case: dict[str, Any]) -> str:
@@ -112,13 +110,13 @@ def kept(path: Path, figures: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Returns the entries of an earlier `quality.json` that have all figures, by case; none if there is no such file.
 
     Raises:
-        UserError: it is not one that this command wrote.
+        UserError: this command did not write it.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         for row in rows:
             case = row["case"]
-            # What there was no choice of, and was not told.
+            # Settings that older files lack, since there was no choice.
             usual = {"protocol": "ours", "sampler": "ancestral", "psi": "", "length": None}
             for name in usual if "n_steps" in case else ("protocol", "length"):
                 case.setdefault(name, usual[name])
@@ -129,75 +127,77 @@ def kept(path: Path, figures: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def work(case: dict[str, Any]) -> int:
-    """Returns how many passes of a network over a text a set of them takes: one a step to sample it, and the judge's."""
+    """Returns how many passes over a text a set takes: for each text one per sampling step, and the judge's."""
     return case["num"] * (1 + case.get("n_steps", 0))
 
 
 def title(case: dict[str, Any]) -> str:
-    """Returns what the progress bar calls a set of texts."""
+    """Returns the name of a set of texts in the progress bar."""
     if "n_steps" not in case:
         return case["model"]
-    return "{}, {n_steps} steps, {noise_removal}, seed {seed}".format(series(case["model"], of_sampler(case)), **case)
+    return "{}, {n_steps} steps, {noise_removal}, seed {seed}".format(series(case["model"], sampler_of(case)), **case)
 
 
-def of_sampler(case: dict[str, Any]) -> str:
-    """Returns what the table calls a set's sampler; empty for text that none wrote."""
+def sampler_of(case: dict[str, Any]) -> str:
+    """Returns the name of a set's sampler in the table; empty for texts that were not sampled."""
     return f"{case.get('sampler', '')} {case.get('psi', '')}".strip()
 
 
 def series(model: str, sampler: str) -> str:
-    """Returns what the picture and the progress bar call a network with a sampler."""
+    """Returns the name of a network with a sampler, in the picture and the progress bar."""
     return model if sampler == "ancestral" else f"{model}, {sampler}"
+
+
+def sampled(
+    args: argparse.Namespace, params: Any, case: dict[str, Any], bar: tqdm
+) -> tuple[np.ndarray, Tokenizer, int]:
+    """Samples a set of texts; returns its rows `[B, L]`, their tokenizer, and the network calls of a batch."""
+    names = ("n_steps", "noise_removal", "seed", "top_p", "temperature", "sampler", "length")
+    result = api.sample(
+        params,
+        batch_size=args.num,
+        rows_at_once=args.rows_at_once,
+        each=lambda batch: bar.update(len(batch.tokens) * case["n_steps"]),
+        psi=case["psi"] or None,
+        **{name: case[name] for name in names},
+    )
+    return result.tokens, api.tokenizer_of(params.tokenizer), result.network_calls
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Samples and judges what is not in DIR/quality.json yet; returns its entries."""
-    from duo_jax import api
-    from duo_jax.evaluation import generative, judges
-
     path = args.out / "quality.json"
-    known = kept(path, [field.name for field in dataclasses.fields(generative.Quality)])
-    models = {name: opened(asked) for name, asked in args.models.items()}
+    entries = kept(path, [field.name for field in dataclasses.fields(generative.Quality)])
+    models = {name: opened(place) for name, place in args.models.items()}
     for name, model in models.items():
         check_fit(args, name, model.params.network)
-    given = already_written(args, models)
-    if (real := reference(args, models, given)) is not None:
-        given = {HELDOUT: real} | given
+    text_sets = already_written(args, models)
+    if (real := reference(args, models, text_sets)) is not None:
+        text_sets = {HELDOUT: real} | text_sets
     judge = judges.load(args.judge)
     args.out.mkdir(parents=True, exist_ok=True)
 
     def keep(case: dict[str, Any], quality: generative.Quality, texts: list[str], calls: int) -> None:
-        known[key_of(case)] = {"case": case, "network_calls": calls, **dataclasses.asdict(quality)}
+        entries[key_of(case)] = {"case": case, "network_calls": calls, **dataclasses.asdict(quality)}
         with (args.out / "texts.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"case": case, "text": text}, ensure_ascii=False) + "\n" for text in texts)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(list(entries.values()), indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
 
-    how = {"num": args.num, "judge": judge.name, "protocol": args.protocol}
-    wanted = [{"model": name, **about, **how} for name, (about, _) in given.items()]
+    fixed = {"num": args.num, "judge": judge.name, "protocol": args.protocol}
+    wanted = [{"model": name, **text_set.about, **fixed} for name, text_set in text_sets.items()]
     wanted += map(dataclasses.asdict, cases(args, models, judge.name))
-    missing = [case for case in wanted if key_of(case) not in known]
+    missing = [case for case in wanted if key_of(case) not in entries]
     with progress.bar(total=sum(map(work, missing)), unit=" passes") as bar:
         for case in missing:
             bar.set_description(title(case))
-            if case["model"] in given:
-                (tokens, tokenizer), calls = given[case["model"]][1](), 0
+            if case["model"] in text_sets:
+                (tokens, tokenizer), calls = text_sets[case["model"]].load(), 0
             else:
-                params = models[case["model"]].params
-                names = ("n_steps", "noise_removal", "seed", "top_p", "temperature", "sampler", "length")
-                result = api.sample(
-                    params,
-                    batch_size=args.num,
-                    rows_at_once=args.rows_at_once,
-                    each=lambda batch, steps=case["n_steps"]: bar.update(len(batch.tokens) * steps),
-                    psi=case["psi"] or None,
-                    **{key: case[key] for key in names},
-                )
-                tokens, calls = result.tokens, result.network_calls
-                tokenizer = api.tokenizer_of(params.tokenizer)
+                tokens, tokenizer, calls = sampled(args, models[case["model"]].params, case, bar)
             keep(case, *generative.quality(tokens, tokenizer, judge, bar.update, protocol=args.protocol), calls)
-    return [known[key_of(case)] for case in wanted]
+    return [entries[key_of(case)] for case in wanted]
 
 
 def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,7 +205,7 @@ def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         case = row["case"]
-        key = case["model"], of_sampler(case), case.get("noise_removal", ""), case.get("n_steps", 0)
+        key = case["model"], sampler_of(case), case.get("noise_removal", ""), case.get("n_steps", 0)
         groups.setdefault(key, []).append(row)
 
     def spread(values: list[float]) -> tuple[float, float]:
@@ -215,7 +215,7 @@ def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "model": model,
             "sampler": sampler,
-            "noise_removal": tail,
+            "noise_removal": removal,
             "n_steps": n_steps,
             "network_calls": group[0]["network_calls"],
             "ppl": spread([row["ppl"] for row in group]),
@@ -224,7 +224,7 @@ def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "distinct": [statistics.fmean(row["distinct"][n] for row in group) for n in range(3)],
             "seeds": len(group),
         }
-        for (model, sampler, tail, n_steps), group in groups.items()
+        for (model, sampler, removal, n_steps), group in groups.items()
     ]
 
 
@@ -248,24 +248,24 @@ def table(rows: Sequence[dict[str, Any]], judge: str) -> str:
 
 
 def provenance(args: argparse.Namespace) -> str:
-    """Returns what the table's columns do not tell."""
+    """Returns what the table's columns do not say."""
     seeds = f"± is the standard deviation over {len(args.seeds)} seeds" if len(args.seeds) > 1 else "one seed"
     length = f" of {args.length} tokens" if args.length else ""
     sampled = f", top_p {args.top_p:g}, temperature {args.temperature:g}; {seeds}" if args.models else ""
-    told = [f"{args.num} texts{length} a set{sampled}."]
-    told += [f"The texts of {name} are those of {file}." for name, file in args.texts.items()]
+    sentences = [f"{args.num} texts{length} a set{sampled}."]
+    sentences += [f"The texts of {name} are those of {file}." for name, file in args.texts.items()]
     if args.heldout == NONE:
-        told.append("There is no held-out text to compare with.")
+        sentences.append("There is no held-out text to compare with.")
     elif args.heldout is not None:
-        told.append(f"The held-out text is {args.heldout}.")
-    return " ".join(told)
+        sentences.append(f"The held-out text is {args.heldout}.")
+    return " ".join(sentences)
 
 
 def report(args: argparse.Namespace) -> None:
     """Measures, and writes the table and the picture."""
     measured = measure(args)
     rows, judge = averaged(measured), measured[0]["case"]["judge"]
-    if args.protocol != "ours":
+    if args.protocol != generative.OURS:
         judge += f", {args.protocol} protocol"
     text = f"{table(rows, judge)}\n{provenance(args)}\n"
     (args.out / "quality.md").write_text(text, encoding="utf-8")
@@ -284,120 +284,10 @@ def report(args: argparse.Namespace) -> None:
     progress.say(f"Written to {args.out}.")
 
 
-def _names(flag: str, values: list[str]) -> dict[str, str]:
-    named = cli.named(flag, values)
-    if HELDOUT in named:
-        raise UserError(f"{flag} has {HELDOUT!r}, the name of the text to compare with; give another.")
-    return named
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuses what no network can be sampled with, or no results be written to, before anything is read."""
-    from duo_jax import sampling
-    from duo_jax.data import text_files
-    from duo_jax.evaluation import generative
-
-    if not args.models and not args.texts:
-        raise UserError(
-            "--models is missing; name a network, as in --models NAME=DIR, or give texts as --texts NAME=FILE."
-        )
-    if both := [name for name in args.texts if name in args.models]:
-        raise UserError(f"--models and --texts both have {both[0]}; name them apart.")
-    for name in ("sampler", "psi", "steps", "noise_removal", "seeds"):
-        values = getattr(args, name) or []
-        if twice := [value for i, value in enumerate(values) if value in values[:i]]:
-            raise UserError(f"--{name} has {twice[0]} twice; the same texts would count twice. Give it once.")
-    if wrong := [seed for seed in args.seeds if not 0 <= seed < 2**32]:
-        raise UserError(f"--seeds has {wrong[0]}; a seed must be from 0 to 2^32 - 1.")
-    if args.protocol not in generative.PROTOCOLS:
-        raise UserError(f"--protocol={args.protocol}; choose one of {', '.join(generative.PROTOCOLS)}.")
-
-    if min(*args.steps, args.num, args.rows_at_once) < 1:
-        raise UserError("--steps, --num and --rows_at_once must be at least 1.")
-    if args.length is not None and args.length < 3:
-        raise UserError(f"--length={args.length} leaves no room between a row's BOS and EOS; give 3 or more.")
-    if unknown := [sampler for sampler in args.sampler if sampler not in sampling.SAMPLERS]:
-        raise UserError(f"--sampler has {unknown[0]!r}; choose from {', '.join(sampling.SAMPLERS)}.")
-    if args.psi and "psi" not in args.sampler:
-        raise UserError("--psi is of the sampler psi, which --sampler does not have; add it, or leave --psi out.")
-    for mode in args.psi or []:
-        sampling.as_psi(mode, "psi")
-    sampling.check_temperature(args.temperature)
-    for tail in args.noise_removal:
-        sampling.Settings(1, noise_removal=tail, nucleus=sampling.uses_nucleus(args.top_p))
-    if args.heldout == "":
-        raise UserError("--heldout is empty; give a text file or folder, or none.")
-    if args.heldout not in (None, NONE):
-        path = Path(args.heldout).expanduser()
-        files = text_files.list_files(path, setting="--heldout")
-        # All are read, for the last row's mistake to show now, too.
-        if not sum(len(text) for file in files for text in text_files.read_rows(file, args.field, setting="--field")):
-            raise UserError(f"--heldout={args.heldout} holds no text but white space; give another.")
-    args.out = check_folder(args.out, flag="--out", keep=False)
-
-
-def _list(kind: type) -> Any:
-    def read(text: str) -> list:
-        return [kind(part) for part in text.split(",")]
-
-    read.__name__ = f"comma-separated {kind.__name__}"
-    return read
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the defaults of the flags that have one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def main() -> None:
     """Reads the command line."""
-    name = "python -m duo_jax.evaluation.generate_quality"
-    parser = cli.Parser(prog=name, description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=_Help)
-    parser.add_argument(
-        "--models",
-        action="append",
-        metavar="NAME=DIR",
-        help="a network: a run's workdir, an exported folder, or what else duo_jax.load takes, such as quickstart",
-    )
-    parser.add_argument(
-        "--texts",
-        action="append",
-        metavar="NAME=FILE",
-        help="texts that are there: a samples.jsonl as mode=sample wrote it",
-    )
-    parser.add_argument(
-        "--sampler", type=_list(str), default="ancestral", help="as duo_jax.sample takes them, comma-separated"
-    )
-    parser.add_argument(
-        "--psi",
-        type=_list(str),
-        help="kappa modes of the sampler psi, such as constant-0.9; its own default if not given",
-    )
-    parser.add_argument("--steps", type=_list(int), default="1,2,4,8,16,32,64,128", help="steps of the samplers")
-    parser.add_argument("--noise_removal", type=_list(str), default="ancestral,greedy", help="the last call's kinds")
-    parser.add_argument("--seeds", type=_list(int), default="0,1,2", help="a set of texts for each")
-    parser.add_argument("--num", type=int, default=64, help="texts a set")
-    parser.add_argument("--length", type=int, help="tokens of a text; the network's own length if not given")
-    parser.add_argument("--rows_at_once", type=int, default=64, help="texts sampled together; bounds the memory")
-    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus; 1 keeps every token")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the predictions")
-    parser.add_argument(
-        "--heldout",
-        metavar="FILE",
-        help="text to compare with, a file or folder, or none; the first run's held-out data if not given",
-    )
-    parser.add_argument(
-        "--field", default="text", help="what the rows of --heldout call their text, in .jsonl and .parquet files"
-    )
-    parser.add_argument("--judge", default="smollm2", help="smollm2, a .gguf file, or GPT-2's folder or hub id")
-    parser.add_argument("--protocol", default="ours", help="ours, or reference: what published figures were judged by")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     with cli.one_line_errors():
-        args = parser.parse_args()
-        args.models, args.texts = _names("--models", args.models or []), _names("--texts", args.texts or [])
-        _check(args)
+        args = quality_flags.parse("python -m duo_jax.evaluation.generate_quality", __doc__.split("\n")[0])
         cli.keep_memory()
         report(args)
 

@@ -1,8 +1,9 @@
-"""The texts that `generate_quality` judges: whose they are, what they are compared with, and what was there already."""
+"""The texts that `generate_quality` judges: their networks, the text to compare with, and sets that exist already."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 from duo_jax import progress
 from duo_jax.errors import UserError
 
-NONE = "none"
+NONE = "none"  # of --heldout: compare with no text
+HELDOUT = "held-out text"  # the name of the set to compare with
 
 
 class Model(NamedTuple):
@@ -21,13 +23,26 @@ class Model(NamedTuple):
 
     Attributes:
         params: the network.
-        checkpoint: where it lies and of which step it is, which tells it from others.
-        settings: the config of its run; None if it is no run's.
+        checkpoint: its place and step, which identify it.
+        settings: the config of its run; None if it belongs to no run.
     """
 
     params: Any
     checkpoint: str
     settings: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSet:
+    """A set of texts that is not sampled here.
+
+    Attributes:
+        about: what identifies it in the results.
+        load: returns its rows `[B, L]` and their tokenizer.
+    """
+
+    about: dict[str, Any]
+    load: Callable[[], tuple[Any, Any]]
 
 
 def opened(path_or_name: str) -> Model:
@@ -38,7 +53,7 @@ def opened(path_or_name: str) -> Model:
     path = convert.place(path_or_name)
     if path.is_dir() and checkpoint.is_run(path):
         run, step = checkpoint.find(path)
-        # The step that was found, whatever a run that goes on adds in the meantime.
+        # Read the step that was found, even if the run adds a newer one in the meantime.
         params, record = checkpoint.read(checkpoint.folder_of(run, step))
         return Model(params, f"{run} at step {step:,}", record.get("config"))
     params = api.load(path_or_name)
@@ -48,7 +63,7 @@ def opened(path_or_name: str) -> Model:
 
 
 def identity(path: Path) -> str:
-    """Returns a file's or folder's path and a hash that tells what it holds from what it held before."""
+    """Returns a file's or folder's path and a hash of what it holds."""
     from duo_jax.data import text_files
 
     path = path.resolve()
@@ -57,7 +72,7 @@ def identity(path: Path) -> str:
 
 
 def own_length(args: argparse.Namespace, network: Any) -> int | None:
-    """Returns `--length`, or None where it is the network's own, however that was asked for."""
+    """Returns `--length`, or None if it is not given or is the network's own."""
     return None if args.length == network.length else args.length
 
 
@@ -79,7 +94,7 @@ def heldout(settings: dict[str, Any], num: int, length: int | None = None) -> tu
 
 
 def heldout_of(path: Path, field: str, tokenizer: Any, packing: str, num: int, length: int) -> tuple[Any, Any]:
-    """Returns the first `num` rows of a text, `[B, L]`, cut by a tokenizer, and that."""
+    """Returns the first `num` rows of a text, `[B, L]`, cut by a tokenizer, and the tokenizer."""
     from duo_jax import config as config_lib
     from duo_jax.data import pipeline, text_sets
 
@@ -96,7 +111,7 @@ def heldout_of(path: Path, field: str, tokenizer: Any, packing: str, num: int, l
 
 
 def first_rows(batches: Iterable[dict[str, Any]], source: Path, num: int) -> Any:
-    """Returns the tokens of the first batch's rows that are no padding; says where they are fewer than `num`."""
+    """Returns the tokens of the first batch's rows that are not padding; says if they are fewer than `num`."""
     batch = next(iter(batches))
     whole = batch["mask"].any(axis=1)
     if whole.sum() < num:
@@ -109,10 +124,10 @@ def first_rows(batches: Iterable[dict[str, Any]], source: Path, num: int) -> Any
 def written(path: Path, models: dict[str, Model], num: int) -> tuple[Any, Any]:
     """Returns the first `num` rows of a file as `mode=sample` writes it, `[B, L]`, and their tokenizer.
 
-    That is the one beside the file, or a network's: whichever makes the rows' texts of their tokens.
+    The tokenizer is the one beside the file or a network's: the first that decodes the tokens to the file's texts.
 
     Raises:
-        UserError: the file is of another kind, or its tokenizer is neither.
+        UserError: the file is of another kind, or no tokenizer fits.
     """
     import numpy as np
 
@@ -128,8 +143,8 @@ def written(path: Path, models: dict[str, Model], num: int) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"--texts: {path} is no samples.jsonl as mode=sample writes it, with `tokens`, equally many in each row, and "
-            f"their `text`: {reason}."
+            f"--texts: {path} is no samples.jsonl as mode=sample writes it, with `text` and equally many `tokens` in each "
+            f"row: {reason}."
         ) from error
     if len(rows) < num:
         progress.say(f"{path} has {len(rows)} texts, so its figures are of these, not of {num}.")
@@ -137,7 +152,7 @@ def written(path: Path, models: dict[str, Model], num: int) -> tuple[Any, Any]:
     def fits(tokenizer: Any) -> bool:
         try:
             return all(tokenizer.decode(row) == text for row, text in zip(tokens, texts, strict=True))
-        except UserError:  # not all are ids of it
+        except UserError:  # an id is not in its vocabulary
             return False
 
     beside = path.resolve().parent / checkpoint.TOKENIZER
@@ -146,30 +161,27 @@ def written(path: Path, models: dict[str, Model], num: int) -> tuple[Any, Any]:
         if fits(tokenizer := api.tokenizer_of(place)):
             return tokens, tokenizer
     raise UserError(
-        f"--texts: {path} holds tokens that no tokenizer at hand makes its texts of; leave it in the folder that "
+        f"--texts: no tokenizer at hand decodes the tokens of {path} to its texts; leave it in the folder that "
         f"mode=sample wrote it to, beside {checkpoint.TOKENIZER}/, or name that network among --models."
     )
 
 
-# What tells a set of texts that was not sampled here, and what gives its rows and their tokenizer.
-Given = tuple[dict[str, Any], Callable[[], tuple[Any, Any]]]
-
-
-def already_written(args: argparse.Namespace, models: dict[str, Model]) -> dict[str, Given]:
+def already_written(args: argparse.Namespace, models: dict[str, Model]) -> dict[str, TextSet]:
     """Returns the sets of `--texts`, by name."""
-    given = {}
+    text_sets = {}
     for name, file in args.texts.items():
         path = Path(file).expanduser()
         found = written(path, models, args.num)
-        given[name] = {"checkpoint": identity(path), "length": found[0].shape[1]}, lambda found=found: found
-    return given
+        about = {"checkpoint": identity(path), "length": found[0].shape[1]}
+        text_sets[name] = TextSet(about, lambda found=found: found)
+    return text_sets
 
 
-def reference(args: argparse.Namespace, models: dict[str, Model], texts: dict[str, Given]) -> Given | None:
+def reference(args: argparse.Namespace, models: dict[str, Model], text_sets: dict[str, TextSet]) -> TextSet | None:
     """Returns the set of texts to compare with; None if none is wanted.
 
     Raises:
-        UserError: none is given, and no network is of a run, whose data it could be.
+        UserError: no text is given, and no network belongs to a run whose data could be used.
     """
     from duo_jax import api
     from duo_jax.data import text_files
@@ -180,11 +192,11 @@ def reference(args: argparse.Namespace, models: dict[str, Model], texts: dict[st
         run = next((model for model in models.values() if model.settings is not None), None)
         if run is None:
             raise UserError(
-                "the text to compare with is held-out data of a run, and none of --models is a run: name one, too, or give "
-                "a text file or folder as --heldout, or --heldout=none to do without."
+                "the text to compare with is by default a run's held-out data, but none of --models is a run: add one, or "
+                "give a text file or folder as --heldout, or --heldout=none to do without."
             )
         about = {"checkpoint": run.checkpoint, "length": own_length(args, run.params.network)}
-        return about, functools.partial(heldout, run.settings, args.num, args.length)
+        return TextSet(about, functools.partial(heldout, run.settings, args.num, args.length))
     path, packing = Path(args.heldout).expanduser(), "packed"
     if models:
         first = next(iter(models.values()))
@@ -192,9 +204,9 @@ def reference(args: argparse.Namespace, models: dict[str, Model], texts: dict[st
         tokenizer, length = api.tokenizer_of(first.params.tokenizer), first.params.network.length
         packing = first.settings["data"]["packing"] if first.settings else packing
     else:
-        like, read = next(iter(texts.values()))
-        (_, tokenizer), length = read(), like["length"]
-        about = {"checkpoint": like["checkpoint"], "length": args.length or length}
-    read = functools.partial(heldout_of, path, args.field, tokenizer, packing, args.num, args.length or length)
+        like = next(iter(text_sets.values()))
+        (_, tokenizer), length = like.load(), like.about["length"]
+        about = {"checkpoint": like.about["checkpoint"], "length": args.length or length}
+    load = functools.partial(heldout_of, path, args.field, tokenizer, packing, args.num, args.length or length)
     field = {} if args.field == text_files.FIELD else {"field": args.field}
-    return about | {"text": identity(path)} | field, read
+    return TextSet(about | {"text": identity(path)} | field, load)

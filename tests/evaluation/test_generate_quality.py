@@ -163,7 +163,7 @@ def test_a_sampler_that_does_not_fit_is_told_first(
 ):
     monkeypatch.setattr(judges, "load", lambda name: pytest.fail("the judge is loaded after what is quickly checked"))
     flags = [f"--models=left={autoregressive}", f"--models=duo={trained}", f"--out={tmp_path}"]
-    with pytest.raises(UserError, match=f"the network duo cannot be sampled so: sampler is {told}"):
+    with pytest.raises(UserError, match=f"the network duo cannot be sampled with these flags: sampler is {told}"):
         door(*flags, f"--sampler={sampler}", f"--noise_removal={tail}")
     assert not list(tmp_path.iterdir())
 
@@ -173,19 +173,22 @@ def test_a_sampler_that_does_not_fit_is_told_first(
     [
         (["--models=a/run", "--models=b/run"], "two --models have one name"),
         (["--models=x=a", "--models=x=b"], "two --models have one name"),
-        (["--models=x={trained}", "--steps=0"], "--steps, --num and --rows_at_once must be at least 1"),
-        (["--models=x={trained}", "--num=0"], "--steps, --num and --rows_at_once must be at least 1"),
-        (["--models=x={trained}", "--rows_at_once=0"], "--steps, --num and --rows_at_once must be at least 1"),
-        (["--models=x={trained}", "--seeds=-1"], "--seeds has -1; a seed must be from 0"),
-        (["--models=x={trained}", "--seeds=1,4294967296"], "--seeds has 4294967296"),
-        (["--models=x={trained}", "--seeds=0,1,0"], "--seeds has 0 twice"),
-        (["--models=x={trained}", "--steps=2,2"], "--steps has 2 twice"),
-        (["--models=x={trained}", "--sampler=ancestral,psy"], "--sampler has 'psy'; choose from ancestral, psi, "),
-        (["--models=x={trained}", "--sampler=psi,psi"], "--sampler has psi twice"),
+        (["--models=x={trained}", "--steps=0"], "--steps: 0 is not allowed; it must be at least 1"),
+        (["--models=x={trained}", "--num=0"], "--num: 0 is not allowed; it must be at least 1"),
+        (["--models=x={trained}", "--rows_at_once=0"], "--rows_at_once: 0 is not allowed; it must be at least 1"),
+        (["--models=x={trained}", "--seeds=-1"], "--seeds: -1 is not allowed; it must be from 0 to 4294967295"),
+        (["--models=x={trained}", "--seeds=1,4294967296"], "--seeds: 4294967296 is not allowed; it must be from 0"),
+        (["--models=x={trained}", "--seeds=0,1,0"], "--seeds: 0 is given twice"),
+        (["--models=x={trained}", "--steps=2,2"], "--steps: 2 is given twice"),
+        (
+            ["--models=x={trained}", "--sampler=ancestral,psy"],
+            "--sampler: 'psy' is unknown; choose from ancestral, psi, ",
+        ),
+        (["--models=x={trained}", "--sampler=psi,psi"], "--sampler: psi is given twice"),
         (["--models=x={trained}", "--psi=pure-pc"], "--psi is of the sampler psi, which --sampler does not have"),
         (["--models=x={trained}", "--sampler=psi", "--psi=constant"], "constant needs a number in [0, 1]"),
-        (["--models=x={trained}", "--sampler=psi", "--psi=pure-pc,pure-pc"], "--psi has pure-pc twice"),
-        (["--models=x={trained}", "--length=2"], "--length=2 leaves no room"),
+        (["--models=x={trained}", "--sampler=psi", "--psi=pure-pc,pure-pc"], "--psi: pure-pc is given twice"),
+        (["--models=x={trained}", "--length=2"], "--length: 2 is not allowed; it must be at least 3"),
         (["--models=x={trained}", "--heldout={out}/nowhere"], "nowhere; set --heldout to a file or folder"),
         (["--models=x={trained}", "--heldout="], "--heldout is empty"),
         (["--models=x={trained}", "--heldout={out}"], "holds no text; it needs files that end in"),
@@ -193,17 +196,20 @@ def test_a_sampler_that_does_not_fit_is_told_first(
         (["--models=x=a", "--texts=x=b"], "--models and --texts both have x"),
         (["--texts=x={out}/nowhere", "--heldout=none"], "nowhere is no samples.jsonl as mode=sample writes it"),
         (["--models=held-out text={trained}"], "the name of the text to compare with"),
-        (["--models=x={trained}", "--protocol=theirs"], "--protocol=theirs; choose one of ours, reference"),
+        (["--models=x={trained}", "--protocol=theirs"], "--protocol: invalid choice: 'theirs' (choose from "),
         (["--models=x={out}/nowhere"], "nowhere does not exist"),
         (["--models=x={out}"], "holds no checkpoint"),
         (["--models=x={judge}"], "is no Duo, MDLM, SEDD or AR state dict"),
-        (["--models=x={trained}", "--noise_removal=gready"], "gready"),
+        (
+            ["--models=x={trained}", "--noise_removal=gready"],
+            "'gready' is unknown; choose from ancestral, greedy, none",
+        ),
         (["--models=x={trained}", "--top_p=0"], "top_p"),
         (["--models=x={trained}", "--temperature=-1"], "temperature"),
         (["--models=x={trained}", "--stepz=3"], "--stepz=3"),
         (["--models=x={trained}", "--mod=y={trained}"], "--mod="),
-        (["--models=x={trained}", "--steps=1,a"], "--steps"),
-        (["--models=x={trained}", "--steps="], "--steps"),
+        (["--models=x={trained}", "--steps=1,a"], "--steps: 'a' is not a whole number"),
+        (["--models=x={trained}", "--steps="], "--steps: '' is not a whole number"),
         (["--models=x={trained}", "stray"], "stray"),
         ([], "--models"),
         (["--models"], "--models"),

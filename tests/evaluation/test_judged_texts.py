@@ -77,10 +77,10 @@ def test_a_text_is_cut_as_the_first_network_is_used_to(trained, tmp_path):
     firsts = []
     for packing in ("padded", "packed"):
         model = judged_texts.Model(params, "x at step 20", {"data": {"packing": packing}})
-        about, read = judged_texts.reference(args, {"x": model}, {})
-        assert (about["checkpoint"], about["length"]) == ("x at step 20", None)
-        tokens, given = read()
-        assert given.same_as(tokenizer)
+        text_set = judged_texts.reference(args, {"x": model}, {})
+        assert (text_set.about["checkpoint"], text_set.about["length"]) == ("x at step 20", None)
+        tokens, found = text_set.load()
+        assert found.same_as(tokenizer)
         firsts.append(tokenizer.decode(tokens[0]))
     assert firsts[0] == "A town."
     assert firsts[1].startswith("A town.\n\nA river")
@@ -95,9 +95,9 @@ def test_the_rows_of_a_text_may_call_it_anything(trained, tmp_path, door):
     with pytest.raises(UserError, match=r"field `text` of line 2 of .*; set --field to the field that holds the text"):
         door(f"--models=x={trained}", f"--heldout={file}", f"--out={tmp_path}")
     args = types.SimpleNamespace(heldout=str(file), field="body", num=1, length=16)
-    about, read = judged_texts.reference(args, model, {})
-    assert about["field"] == "body"
-    tokens, tokenizer = read()
+    text_set = judged_texts.reference(args, model, {})
+    assert text_set.about["field"] == "body"
+    tokens, tokenizer = text_set.load()
     assert tokenizer.decode(tokens[0]).startswith("A town.\n\nA ")
 
 
@@ -177,13 +177,13 @@ def test_files_of_texts_are_told_apart(samples, tmp_path):
     other = file.with_name("other.jsonl")
     other.write_text("".join(reversed(file.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
     args = types.SimpleNamespace(texts={"a": str(file), "b": str(other)}, num=3)
-    (about_a, a), (about_b, b) = judged_texts.already_written(args, {}).values()
-    np.testing.assert_array_equal(a()[0], result.tokens)
-    np.testing.assert_array_equal(b()[0], result.tokens[::-1])
+    a, b = judged_texts.already_written(args, {}).values()
+    np.testing.assert_array_equal(a.load()[0], result.tokens)
+    np.testing.assert_array_equal(b.load()[0], result.tokens[::-1])
     # Another content under the same name is another set of texts.
     file.write_bytes(other.read_bytes())
-    assert judged_texts.already_written(args, {})["a"][0] != about_a
-    assert about_a["checkpoint"] != about_b["checkpoint"]
+    assert judged_texts.already_written(args, {})["a"].about != a.about
+    assert a.about["checkpoint"] != b.about["checkpoint"]
 
 
 def test_a_text_beside_texts_alone_is_as_long_as_they_are_or_as_is_asked(samples, tmp_path):
@@ -193,9 +193,9 @@ def test_a_text_beside_texts_alone_is_as_long_as_they_are_or_as_is_asked(samples
         args = types.SimpleNamespace(
             heldout=str(tmp_path / "text.txt"), field="text", num=2, length=asked, texts={"old": str(file)}
         )
-        about, read = judged_texts.reference(args, {}, judged_texts.already_written(args, {}))
-        assert about["length"] == length
-        assert read()[0].shape == (2, length)
+        text_set = judged_texts.reference(args, {}, judged_texts.already_written(args, {}))
+        assert text_set.about["length"] == length
+        assert text_set.load()[0].shape == (2, length)
 
 
 def test_a_tokenizer_must_make_every_text_of_its_tokens(samples):
@@ -204,7 +204,7 @@ def test_a_tokenizer_must_make_every_text_of_its_tokens(samples):
     rows[-1]["text"] += "!"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert len(judged_texts.written(file, {}, 2)[0]) == 2
-    with pytest.raises(UserError, match="holds tokens that no tokenizer at hand makes its texts of"):
+    with pytest.raises(UserError, match="no tokenizer at hand decodes the tokens of"):
         judged_texts.written(file, {}, 3)
 
 
@@ -227,7 +227,7 @@ def test_texts_away_from_their_folder_need_their_network(samples, trained, judge
         "--seeds=0",
         "--heldout=none",
     ]
-    with pytest.raises(UserError, match="holds tokens that no tokenizer at hand makes its texts of"):
+    with pytest.raises(UserError, match="no tokenizer at hand decodes the tokens of"):
         door(*flags)
     door(*flags, f"--models=duo={trained}", "--noise_removal=none")
     assert [row["case"]["model"] for row in json.loads((out / "quality.json").read_text())] == ["samples.jsonl", "duo"]
