@@ -1,4 +1,4 @@
-"""NVIDIA GPUs that programs can be compiled for without one being here: XLA's own compiler, told what the GPU is."""
+"""NVIDIA GPUs that need not be present: XLA compiles for them from a description alone."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from jax.experimental import topologies
 from duo_jax import hardware
 from duo_jax.errors import UserError, first_line
 
-# What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# JAX's share of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 _SHARE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the compiler asks about a GPU, from its data sheet.
+    """What the compiler needs to know about a GPU, from its data sheet.
 
     Attributes:
         name: as the driver gives it.
         capability: the compute capability, major and minor.
         memory: bytes on the card that programs may use, before JAX's share.
-        bandwidth: of the memory, bytes a second.
-        flops: of products in half precision, dense, a second.
+        bandwidth: bytes per second of the memory.
+        flops: FLOP/s of dense matrix products in half precision.
         clock: GHz.
         l2_cache: bytes.
         cores: streaming multiprocessors.
-        fpus: float32 units of each.
-        threads: that each may hold.
-        shared: bytes of shared memory of each.
-        shared_by_block: bytes that one block may ask for.
-        features: name of the extension of its instructions that the compiler may use.
+        fpus: float32 units per multiprocessor.
+        threads: threads per multiprocessor.
+        shared: bytes of shared memory per multiprocessor.
+        shared_by_block: bytes of shared memory that one block may use.
+        features: name of the instruction extension that the compiler may use.
     """
 
     name: str
@@ -104,13 +104,13 @@ def find(name: str) -> Gpu:
 
 @contextlib.contextmanager
 def compiling_for(name: str, count: int = 1) -> Iterator[list[jax.Device]]:
-    """Gives absent GPUs of one host, which programs are made for as long as the block runs; in a process that has made none.
+    """Yields absent GPUs of one host to compile for within the block; the process must not have compiled anything before.
 
     Raises:
         UserError: there is none of that name, or the compiler for CUDA is not installed.
     """
     gpu = find(name)
-    jax.config.update("jax_platforms", "cpu")  # a GPU that is here has no part in this
+    jax.config.update("jax_platforms", "cpu")  # a GPU that is present is not used
     try:
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=gpu.description(), topology=f"1x1x{count}"

@@ -1,12 +1,12 @@
-"""Whether this device computes what a CPU does, of any config:
+"""Checks whether this device computes what a CPU does, for any config:
 
     python -m benchmarks.agree --config=configs/owt.py --config.train.batch_size=4
     python -m benchmarks.agree --config=configs/tiny.py --cases=duo:topk,mdlm --samplers=duo:ancestral
 
-A training step of every algorithm, as training compiles it, is taken here, in the type and with the attention that the
-config chooses on this device, and on a CPU in float32, from the same weights, text and noise: the loss, the gradient, and
-the bound of texts of several lengths must agree to what the type can tell. Then the samplers draw from a network whose
-predictions are known, and a chi-squared test compares what they drew. A disagreement ends with exit status 2.
+A training step of every algorithm, as training compiles it, runs here, with the type and the attention that the config
+chooses on this device, and on a CPU in float32, from the same weights, text and noise. The loss, the gradient, and the bound
+of texts of several lengths must agree within the type's rounding. Then the samplers draw from a network whose predictions
+are known, and a chi-squared test checks their draws. If anything disagrees, the exit status is 2.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood
 from duo_jax.sampling import Settings, engine
 
-# How far an element of a product may be off, in each type, relative to itself. A GPU multiplies float32 in TF32, which keeps
-# as many digits as float16.
+# The relative rounding error of an element of a product, by type. A GPU multiplies float32 in TF32, which keeps as many
+# digits as float16.
 _ROUNDING = {"float32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# What so many roundings make of a loss or bound, where they average out, and of a part of the gradient: ten times
-# and twice what networks of 8 and 12 blocks show.
+# The error that is allowed, in roundings: of a loss or bound, where they average out, and of a part of the gradient. This is
+# ten times and twice the error of networks of 8 and 12 blocks.
 _SCALAR, _GRADIENT = 0.25, 8
 PARTS = ("embed", "blocks", "head", "rest")
-# A gradient in float16 is of a loss times this: not so large that it overflows with weights that know nothing.
+# The loss scale in float16, small enough for the gradient not to overflow with untrained weights.
 _LOSS_SCALE = 2.0**14
-# Of correct samplers one in a million is told wrong.
+# One in a million correct samplers is called wrong.
 _FALSE_ALARM = 1e-6
 _FEWEST = 20  # draws expected in a bin of the chi-squared test
 
@@ -57,14 +57,14 @@ DRAW_COLUMNS = {
 def step_of(config: ConfigDict, case: programs.Case, vocab_size: int) -> dict[str, Any]:
     """Returns the loss and gradient of a first step of training, and the bound of ragged texts, on the default devices.
 
-    The gradient is the optimizer's first moment, which is a multiple of it.
+    The gradient is returned as the optimizer's first moment, which is proportional to it.
     """
     config = programs.changed(case.apply(config), {"train.clip": 1e9, "train.ema": 0.5})
     plan = programs.training(config, vocab_size)
     weights, batch = programs.random_weights(plan.network), programs.batch(config, plan)
     bound = likelihood.nll_sum(weights, _ragged(batch), jax.random.key(1), network=plan.network)
     state = plan.initial(weights)
-    if case.algo == "dcd":  # from itself a student has little to learn, and what there is drowns in rounding
+    if case.algo == "dcd":  # a student that equals its teacher has hardly any gradient beside rounding
         state = state.replace(teacher=programs.random_weights(plan.network, seed=1))
     if scale := state.loss_scale:
         state = state.replace(loss_scale=scale.replace(scale=jnp.float32(_LOSS_SCALE)))
@@ -82,12 +82,12 @@ def step_of(config: ConfigDict, case: programs.Case, vocab_size: int) -> dict[st
 
 
 def _part(name: str) -> str:
-    """Returns where a group of weights belongs: a network's are `embed`, `head`, one or more of blocks, and the rest."""
+    """Returns the part of `PARTS` that a group of weights belongs to; there may be several groups of blocks."""
     return name if name in PARTS else "blocks" if name.startswith("block") else "rest"
 
 
 def _ragged(batch: dict[str, jax.Array]) -> dict[str, Any]:
-    """Returns texts of which the first half is given and the rows end sooner and sooner."""
+    """Returns texts whose first half is given, each row shorter than the one before."""
     tokens = np.asarray(batch["tokens"])
     rows, length = tokens.shape
     lengths = length - np.arange(rows) * (length // 2) // rows
@@ -97,7 +97,7 @@ def _ragged(batch: dict[str, jax.Array]) -> dict[str, Any]:
 
 
 def compare(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row: how far the step `here` is from that `there`, and whether the type can tell no better."""
+    """Returns a row: how far the step `here` is from the one `there`, and whether rounding explains that."""
 
     def off(ours: Any, theirs: Any) -> float:
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
@@ -114,7 +114,7 @@ def compare(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
         "scalar_allowed": scalar_allowed,
         "gradient_error": max(parts.values()),
         "gradient_allowed": gradient_allowed,
-        # A NaN is not below anything.
+        # False for NaN.
         "agrees": all(error <= scalar_allowed for error in scalars.values())
         and all(error <= gradient_allowed for error in parts.values()),
     }
@@ -123,9 +123,9 @@ def compare(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
 def draws_of(config: ConfigDict, vocab_size: int, least: int) -> dict[str, Any]:
     """Returns a row: whether a sampler's tokens, `least` or more, are distributed as they should be, on the default devices.
 
-    The network's head is zero but for its bias, so that it predicts one known p everywhere.
+    The network's head is zero except for its bias, so that it predicts the same known p everywhere.
     """
-    plan, chosen = programs.sampler(config, vocab_size), config.sample
+    plan, sample_config = programs.sampler(config, vocab_size), config.sample
     network, given = plan.network, programs.nothing_given(config, plan)
     bias = 2.0 * np.random.default_rng(0).standard_normal(vocab_size).astype(np.float32)
     weights = jax.jit(network.init, out_shardings=plan.whole)(programs.key())
@@ -137,16 +137,16 @@ def draws_of(config: ConfigDict, vocab_size: int, least: int) -> dict[str, Any]:
         key = jax.random.fold_in(programs.key(), drawn)
         tokens = np.asarray(program(weights, key, given, knobs, None).tokens)[free]
         counts, drawn = counts + np.bincount(tokens, minlength=vocab_size), drawn + tokens.size
-    expected = drawn * _distribution(bias.astype(np.float64), network, plan.settings, chosen.top_p)
+    expected = drawn * _distribution(bias.astype(np.float64), network, plan.settings, sample_config.top_p)
     found = chi_squared(counts, expected)
     return found | {
-        "case": f"{network.algo}:{chosen.sampler}", "top_p": chosen.top_p, "draws": drawn,
+        "case": f"{network.algo}:{sample_config.sampler}", "top_p": sample_config.top_p, "draws": drawn,
         "agrees": found["p_value"] >= _FALSE_ALARM, "environment": measure.environment(),
     }  # fmt: skip
 
 
 def _distribution(logits: np.ndarray, network: Any, settings: Settings, top_p: float) -> np.ndarray:
-    """Returns the probabilities `[K]` of a token of a sample, where every prediction has these logits, in float64."""
+    """Returns the probabilities `[K]` of a sampled token if every prediction has these logits, in float64."""
     if network.process != "uniform":
         logits = np.where(np.arange(logits.size) == network.mask_id, -np.inf, logits)
     p = np.exp(logits - logits.max())
@@ -165,10 +165,10 @@ def _distribution(logits: np.ndarray, network: Any, settings: Settings, top_p: f
 
 
 def _posterior(q: np.ndarray, p: np.ndarray, alpha_t: float, alpha_s: float) -> np.ndarray:
-    """Returns how z_s `[K]` is distributed after a step of the uniform-state posterior, from the distribution q of z_t.
+    """Returns the distribution of z_s `[K]` after a step of the uniform-state posterior, from the distribution q of z_t.
 
-    In float64 and by none of the package's code, which it is there to check.
-    q(z_s | z_t) is in proportion to (stay [z_s = z_t] + jump) marginal.
+    Computed in float64 and without the package's code, which it checks.
+    q(z_s | z_t) is proportional to (stay [z_s = z_t] + jump) marginal.
     """
     stay, jump = alpha_t / alpha_s, (1.0 - alpha_t / alpha_s) / p.size
     marginal = alpha_s * p + (1.0 - alpha_s) / p.size
@@ -177,16 +177,16 @@ def _posterior(q: np.ndarray, p: np.ndarray, alpha_t: float, alpha_s: float) -> 
 
 
 def chi_squared(counts: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
-    """Returns the test of counts `[K]` against those expected; entries of few draws share a bin with others like them.
+    """Returns the test of counts `[K]` against those expected; entries with few expected draws share a bin.
 
-    What cannot be and was drawn all the same makes it infinite.
+    The statistic is infinite if something impossible was drawn.
     """
     possible = expected > 0
     order = np.argsort(-expected[possible])
     bins = np.floor(np.cumsum(expected[possible][order]) / _FEWEST).astype(int)
     bins = np.unique(bins, return_inverse=True)[1]
     found, wanted = (np.bincount(bins, weights=x[possible][order]) for x in (counts, expected))
-    # The last bin may hold little; it is the one before it that takes it in.
+    # The last bin may expect too few draws; then it joins the one before.
     if wanted.size > 1 and wanted[-1] < _FEWEST:
         found, wanted = (np.append(x[:-2], x[-2:].sum()) for x in (found, wanted))
     statistic = float(np.sum((found - wanted) ** 2 / wanted))
@@ -197,7 +197,7 @@ def chi_squared(counts: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def on_a_cpu() -> Iterator[None]:
-    """Processes that are started inside see no other device."""
+    """Makes the CPU the only device of processes that are started inside."""
     before = os.environ.get("JAX_PLATFORMS")
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
@@ -209,7 +209,7 @@ def on_a_cpu() -> Iterator[None]:
 
 
 def run(config: ConfigDict, options: Any) -> dict[str, Any]:
-    """Returns what the flags ask for: where, a row a training case and a row a sampler, and what disagrees."""
+    """Runs what the flags ask for; returns the environment, a row per training case and a row per draw."""
     if options.draws < 1:
         raise UserError(f"--draws is {options.draws}; it must be at least 1.")
     cases = [programs.Case.parse(name) for name in options.cases] or programs.all_cases()
@@ -239,7 +239,7 @@ def run(config: ConfigDict, options: Any) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Returns the report to read."""
+    """Returns the report as text."""
     parts = [f"What {report.where(found['environment'])} computes, against float32 on a CPU; errors relative to that."]
     tables = (found["steps"], STEP_COLUMNS), (found["draws"], DRAW_COLUMNS)
     parts += [report.table(rows, columns) for rows, columns in tables if rows]
@@ -247,7 +247,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def check(found: dict[str, Any]) -> None:
-    """Raises UserError where something disagrees."""
+    """Raises UserError if anything disagrees."""
     rows = found["steps"] + found["draws"]
     if wrong := [row["case"] for row in rows if not row["agrees"]]:
         raise UserError(f"{len(wrong)} of {len(rows)} disagree with a CPU: {', '.join(wrong)}; see the table.")

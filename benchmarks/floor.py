@@ -1,14 +1,14 @@
-"""How fast a GPU that need not be here can be at best, and what takes the time, found by compiling alone.
+"""The least time that a program takes on a GPU, which need not be present, and its parts, found by compiling alone.
 
     python -m benchmarks.floor --config=configs/owt.py --config.train.batch_size=64 --device=h100
     python -m benchmarks.floor --config=configs/owt.py --config.sample.batch_size=32 --config.sample.n_steps=8 \\
         --device=h100 --programs=sample --trips=5
 
 Each kernel of the compiled program takes at least as long as the memory needs for the bytes that it reads and writes, and
-the matrix units for its products. The sum over all kernels is a floor, not a measurement: nothing runs. It says what a
-change to the program is worth, and which kernels are worth one. By default at the rates of the GPU's data sheet; `--gbs` and
-`--tflops` say what it is known to reach. Not counted are launches, arithmetic outside of products, and what the GPU's own
-choice between kernels would change. A loop of unknown length, as over a sampler's asked tokens, runs `--trips` times.
+the matrix units for its products. The sum over all kernels is a floor, not a measurement: nothing runs. It shows what a
+change to the program would gain, and which kernels to change. The rates are those of the GPU's data sheet, unless `--gbs`
+and `--tflops` give others. Not counted are launches, arithmetic outside of products, and what the GPU's own choice between
+kernels would change. A loop of unknown length, as over a sampler's asked tokens, is counted `--trips` times.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLUMNS = {"part": "part", "kernels": "kernels", "gb": "GB", "tflop": "TFLOP", "
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a GPU reaches: bytes a second, and FLOPs a second of half-precision products."""
+    """The rates of a GPU: bytes per second, and FLOP/s of half-precision products."""
 
     bytes: float
     flops: float
@@ -40,9 +40,9 @@ class Rates:
 
 
 def part(source: str) -> str:
-    """Returns where in the source a kernel comes from, in short: its pass, and the last two names of its place.
+    """Returns in short where in the source a kernel comes from: its pass, and the last two names of its path.
 
-    What is in no module but in a loop is the vocabulary head's, in training, and where a sampler draws.
+    Kernels of a loop outside any module are the vocabulary head's in training, and the draws of a sampler.
     """
     way = "backward " if "transpose(" in source else "forward " if "jvp(" in source else ""
     names = [re.sub(r"transpose\(|jvp\(|\)", "", name) for name in source.split("/") if not name.startswith("jit(")]
@@ -53,15 +53,15 @@ def part(source: str) -> str:
 def floor(
     config: ConfigDict, vocab_size: int, case: programs.Case | None, device: str, rates: Rates, trips: int
 ) -> dict[str, Any]:
-    """Returns a program's floor and its parts, the dearest first; of a process that does nothing else.
+    """Returns a program's floor and its parts, the most expensive first; to be run in a process of its own.
 
     Args:
-        config: of the run.
+        config: the run's config.
         vocab_size: K.
         case: what is trained; None for sampling.
         device: see `absent.GPUS`.
-        rates: what it reaches.
-        trips: how often a loop runs whose length is unknown.
+        rates: its rates.
+        trips: how often to count a loop of unknown length.
     """
     with absent.compiling_for(device) as devices:
         make = programs.sampler if case is None else programs.training
@@ -106,7 +106,7 @@ def model_flops(network: Any, case: programs.Case, batch: int) -> float:
 
 
 def text(found: dict[str, Any], top: int) -> str:
-    """Returns a program's floor to read."""
+    """Returns a program's floor as text."""
     shown, rest = found["rows"][:top], found["rows"][top:]
     if rest:
         names = ("kernels", "gb", "tflop", "ms", "share")
@@ -130,7 +130,7 @@ def text(found: dict[str, Any], top: int) -> str:
 
 
 def run(config: ConfigDict, options: Any) -> dict[str, Any]:
-    """Returns what the flags ask for: of each program its floor and its parts."""
+    """Returns the floor and the parts of each program that the flags ask for."""
     if options.device is None:
         raise UserError(f"--device is missing; give one of {', '.join(absent.GPUS)}.")
     gpu = absent.find(options.device)
@@ -149,12 +149,10 @@ def run(config: ConfigDict, options: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("device", None, f"The GPU, which need not be here: {', '.join(absent.GPUS)}.")
+    flags.DEFINE_string("device", None, f"The GPU, which need not be present: {', '.join(absent.GPUS)}.")
     programs.define_flags(["train"])
-    flags.DEFINE_float("gbs", None, "What the memory reaches, GB/s; the data sheet's figure if not given.")
-    flags.DEFINE_float(
-        "tflops", None, "What products of matrices reach, TFLOP/s; the data sheet's figure if not given."
-    )
-    flags.DEFINE_integer("trips", 1, "How often a loop of unknown length runs.")
+    flags.DEFINE_float("gbs", None, "The memory's rate, GB/s; the data sheet's figure if not given.")
+    flags.DEFINE_float("tflops", None, "The rate of matrix products, TFLOP/s; the data sheet's figure if not given.")
+    flags.DEFINE_integer("trips", 1, "How often to count a loop of unknown length.")
     flags.DEFINE_integer("top", 30, "How many parts are shown.")
     report.main("floor", run, lambda found: "\n\n".join(text(part, flags.FLAGS.top) for part in found["programs"]))

@@ -31,7 +31,7 @@ def _blocks(network: Network, length: int) -> float:
 
 
 def _conditioning(network: Network) -> float:
-    """The noise level's way to every block's shift, scale and gate: once a row, whatever its length."""
+    """The layers from the noise level to every block's shift, scale and gate: once per row, whatever its length."""
     cond = network.cond_dim
     return 2 * cond * (TIME_FEATURES + cond + 6 * network.dim * network.blocks + 2 * network.dim)
 
@@ -42,7 +42,7 @@ def train_row(network: Network, length: int, *, relaxed: bool = False) -> float:
     A backward pass takes the gradients of both factors of every product: three forward passes in all.
 
     Args:
-        network: its algorithm says how many passes there are.
+        network: the sizes, and the algorithm, which decides the number of passes.
         length: tokens in the row.
         relaxed: whether the input is a dense mixture of all embeddings, as in Duo's full curriculum at a warm tau.
     """
@@ -65,7 +65,7 @@ def sample(network: Network, rows: int, length: int, calls: int, predictions: in
         rows: texts.
         length: tokens in each.
         calls: evaluations of the network for all rows.
-        predictions: for how many tokens of all rows and calls the head was read.
+        predictions: the number of tokens whose logits were computed, over all rows and calls.
     """
     if network.algo == "ar":
         calls, length = 1, length - 1

@@ -1,4 +1,4 @@
-"""What an optimized program does, read from its text: each kernel's bytes and FLOPs, loops multiplied out."""
+"""The work of an optimized program, read from its text: each kernel's bytes and FLOPs, loops multiplied out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import math
 import re
 from collections.abc import Iterator
 
-# What costs nothing by itself.
+# Operations without a cost of their own.
 _FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "opt-barrier", "partition-id"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
-# What needs the whole of its operands for any entry of its result; all else is taken to go entry by entry.
+# Operations that need all of their operands for any entry of the result; the others are taken to go entry by entry.
 _WHOLE = {"dot", "convolution", "reduce", "reduce-window", "scatter", "sort", "custom-call", "cholesky", "fft", "while"}
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
@@ -30,7 +30,7 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """The names of what it is made of."""
+        """The names of its operands."""
         return re.findall(r"%([\w.\-]+)", self.inner)
 
     def attribute(self, pattern: str) -> str | None:
@@ -40,7 +40,7 @@ class Instruction:
 
     @property
     def callee(self) -> str | None:
-        """The computation that a fusion or a call is."""
+        """The computation that a fusion or a call runs."""
         return self.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
 
@@ -49,8 +49,8 @@ class Kernel:
     """A part of a program that reads its operands from memory and writes its results there.
 
     Attributes:
-        name: in the program.
-        source: where in the source it comes from, as JAX names it.
+        name: its name in the program.
+        source: its place in the source, as JAX names it.
         times: how often it runs.
         bytes: read and written each time.
         flops: of products of matrices and of cuDNN's attention, each time.
@@ -93,7 +93,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _instruction(line: str) -> Instruction | None:
-    """Reads a line, or returns None of one that is no instruction."""
+    """Returns the instruction on a line, or None if there is none."""
     name, equals, rest = line.strip().partition(" = ")
     if not equals:
         return None
@@ -128,7 +128,7 @@ class Program:
                 inside[found.name] = found
 
     def kernels(self) -> list[Kernel]:
-        """Returns every kernel that runs; of a branch, the dearer side by its bytes."""
+        """Returns every kernel that runs; of a conditional, the branch that moves more bytes."""
         return list(self._kernels(self._entry, 1))
 
     def _kernels(self, computation: str, times: int) -> Iterator[Kernel]:
@@ -137,10 +137,10 @@ class Program:
             if it.op in _FREE or it.op.endswith("-done"):
                 continue
             if it.op == "while":
-                known = it.attribute(r'known_trip_count":?\s*\{"n":\s*"(\d+)"')
-                if known is None:
+                trip_count = it.attribute(r'known_trip_count":?\s*\{"n":\s*"(\d+)"')
+                if trip_count is None:
                     self.unknown.add(it.name)
-                yield from self._kernels(it.attribute(r"body=%?([\w.\-]+)"), times * int(known or self._trips))
+                yield from self._kernels(it.attribute(r"body=%?([\w.\-]+)"), times * int(trip_count or self._trips))
             elif it.op == "conditional":
                 sides = [list(self._kernels(side, times)) for side in self._branches(it)]
                 yield from max(sides, key=lambda side: sum(kernel.bytes * kernel.times for kernel in side))
@@ -168,12 +168,12 @@ class Program:
         if it.op.endswith("-start"):  # its type has its operands beside its results
             return 2 * sum(full), 0.0
         written = it.type
-        if it.op == "custom-call":  # a library's workspace is bytes without a type, which it may leave alone
+        if it.op == "custom-call":  # a library's workspace is untyped bytes, which may stay unused
             written = re.sub(r"[su]8\[\d+\]", "", written)
         return sum(full) + size(written), self._flops(it, inside)
 
     def _read(self, computation: str, index: int) -> float:
-        """Returns the share that a fusion reads of one operand: of what is only sliced, the slices."""
+        """Returns the share of one operand that a fusion reads: only the slices, if it is only sliced."""
         for it in self._computations[computation].values():
             if it.op == "parameter" and it.inner == str(index):
                 return self._entries(computation, it) / max(entries(it.type), 1)
@@ -218,7 +218,7 @@ class Program:
         )
 
     def _flops(self, it: Instruction, inside: dict[str, Instruction]) -> float:
-        """Returns the FLOPs of a product of matrices, by XLA or cuBLAS, or of cuDNN's attention; 0 of anything else."""
+        """Returns the FLOPs of a product of matrices, by XLA or cuBLAS, or of cuDNN's attention; 0 for anything else."""
         target = it.attribute(r'custom_call_target="([^"]*)"') or ""
         if it.op == "dot" or "cublas" in target:
             listed = it.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")

@@ -1,4 +1,4 @@
-"""What is measured and how: time, memory, compilation, and the matrix units' peak."""
+"""Measurements: time, memory, compilation, and the matrix units' peak."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from duo_jax import cli
 from duo_jax.errors import UserError, out_of_memory
 
-# Sides of the matrices whose product tells a device's peak, and products asked for at a time: large enough for the matrix
-# units to be busy, small enough for seconds. A fast device would otherwise wait for the next request.
+# The side of the matrices whose product measures a device's peak, and how many products are queued at a time: large enough
+# to keep the matrix units busy, small enough for seconds. Without a queue, a fast device would wait for the host.
 _PEAK = {"cpu": (2048, 1)}
 _PEAK_ELSEWHERE = (8192, 4)
 _STATUS = Path("/proc/self/status")
@@ -30,8 +30,8 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """Returns `function(*args)` from a process of its own, whose memory no earlier case has touched.
 
     Raises:
-        UserError: as the function does; or the device has no memory left for it; or the process died, as it does when the
-            machine has none left.
+        UserError: the function raised it; or the device ran out of memory; or the process died, as happens when the machine
+            runs out of memory.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -54,9 +54,9 @@ def _as_in_training(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def rss(name: str = "VmHWM") -> int | None:
-    """Returns this process's largest resident memory so far, or `VmRSS`, that of now, in bytes; None where no /proc tells.
+    """Returns this process's largest resident memory so far, or its current one (`VmRSS`), in bytes; None without /proc.
 
-    Not `ru_maxrss`: a process begins that with the resident memory of the one that started it.
+    Not `ru_maxrss`, which starts from the resident memory of the parent process.
     """
     if not _STATUS.exists():
         return None
@@ -65,12 +65,12 @@ def rss(name: str = "VmHWM") -> int | None:
 
 
 def device_peak() -> int | None:
-    """Returns the most memory the default device's allocator has given out, in bytes; None where it does not count."""
+    """Returns the most memory the default device's allocator has given out, in bytes; None if it does not count."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def environment(devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
-    """Returns where this was measured: on all devices, or compiled for the given ones."""
+    """Returns what describes all devices, or the given ones that a program was compiled for."""
     devices = jax.devices() if devices is None else devices
     return {
         "device": devices[0].device_kind,
@@ -98,8 +98,7 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
 def memory(program: jax.stages.Compiled) -> dict[str, int]:
     """Returns the compiler's memory analysis of a program on one device, in bytes.
 
-    `total` is what it needs while it runs: arguments and results, less the results that take their arguments' place,
-    and what is in use between them.
+    `total` is what it needs while it runs: arguments, results that do not reuse an argument's memory, temporaries and code.
     """
     stats = program.memory_analysis()
     if stats is None:
@@ -116,7 +115,7 @@ def memory(program: jax.stages.Compiled) -> dict[str, int]:
 
 
 def seconds(call: Callable[[], Any], times: int) -> list[float]:
-    """Returns how long each of some calls took, until its result was there."""
+    """Returns the seconds of each of some calls, until its result is ready."""
     taken = []
     for _ in range(times):
         start = time.perf_counter()
@@ -157,9 +156,9 @@ def memory_columns(program: jax.stages.Compiled) -> dict[str, float]:
 def speed_columns(
     taken: Sequence[float], tokens: int, work: float, peaks: tuple[float, float], devices: int
 ) -> dict[str, float]:
-    """Returns the columns of time: of `tokens` and `work` (FLOPs) a call, against the peak of `devices` devices."""
+    """Returns the columns of time, for `tokens` and `work` (FLOPs) per call, against the peak of `devices` devices."""
     if jax.devices()[0].platform == "cpu":
-        devices = 1  # several are one processor under several names
+        devices = 1  # several CPU devices share one processor
     median = statistics.median(taken)
     return {
         "median_ms": 1e3 * median,

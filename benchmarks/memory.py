@@ -1,4 +1,4 @@
-"""What batch fits in so much memory, found by compiling alone: nothing runs and no weights are allocated.
+"""The largest batch that fits in a memory, found by compiling alone: nothing runs and no weights are allocated.
 
     python -m benchmarks.memory --config=configs/owt.py --gib=15
     python -m benchmarks.memory --config=configs/tiny.py --gib=15 --programs=train --cases=duo:full,duo:topk --out=runs/bench
@@ -6,10 +6,10 @@
     python -m benchmarks.memory --config=configs/owt.py --gib=59 --device=h100 --devices=8 --config.mesh.fsdp=8
 
 The answer is the compiler's memory analysis (arguments + results - what is reused + temporaries + code, of one device) for
-what it compiles for: the default platform, `--platform`, or GPUs that need not be here, `--device`. A CPU's analysis only
-stands in for a GPU's, whose compiler fuses and keeps other things. What is not a program's own is not counted: the runtime
-takes some hundred MiB, and on a GPU JAX leaves a quarter of the memory to others unless XLA_PYTHON_CLIENT_MEM_FRACTION says
-otherwise. For an absent GPU the compiler cannot try which of several ways is the fastest, and takes its usual one.
+the default platform, `--platform`, or the GPUs of `--device`, which need not be present. A CPU's analysis is only a rough
+guide to a GPU, whose compiler fuses and keeps other things. Only the program is counted: the runtime takes some hundred MiB
+more, and on a GPU JAX leaves a quarter of the memory to others unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise. For an
+absent GPU the compiler cannot try which of several implementations is the fastest, and takes its default.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ class Found:
 
 
 def largest_fitting(size: Callable[[int], int], limit: float, *, unit: int, most: int, refine: int) -> Found:
-    """Returns what batch's `size(batch)` is at most `limit`, in few calls: each is a compilation.
+    """Returns the largest batch with `size(batch)` of at most `limit`, in few calls, since each is a compilation.
 
-    Goes through the batches unit, 2 unit, 4 unit, ... but leaps to where the straight line through the last two says that
-    the limit lies, until of two neighbours one fits and one does not; then halves the interval between them.
+    Goes through the batches unit, 2 unit, 4 unit, ..., but leaps to where a straight line through the last two sizes reaches
+    the limit, until one batch fits and the next does not; then halves the interval between them.
 
     Args:
         size: bytes, growing with the batch.
         limit: bytes.
         unit: batches are multiples of it, and the first is itself.
-        most: the largest batch that is tried.
-        refine: times that the last interval is halved.
+        most: the largest batch to try.
+        refine: how often the last interval is halved.
     """
     sizes: dict[int, int] = {}
 
@@ -99,7 +99,7 @@ def _doubled(unit: int, most: int) -> int:
 def lower(
     config: ConfigDict, vocab_size: int, case: programs.Case | None, devices: Sequence[jax.Device]
 ) -> Callable[[int], tuple[Any, Any]]:
-    """Returns a function of the batch that gives the network and the program: a case's train step, or sampling if None."""
+    """Returns a function from batch size to network and program: a case's train step, or the sampler if it is None."""
     setting = "sample.batch_size" if case is None else "train.batch_size"
     config = config if case is None else case.apply(config)
 
@@ -123,7 +123,7 @@ def search(
     device: str | None,
     count: int = 1,
 ) -> dict[str, Any]:
-    """Returns the rows of all that was compiled, by batch, and the answer; of a process that does nothing else."""
+    """Returns a row per compiled batch size, and the answer; to be run in a process of its own."""
     with target(platform, device, count) as devices:
         rows: dict[int, dict[str, Any]] = {}
         at = lower(config, vocab_size, case, devices)
@@ -154,7 +154,7 @@ def search(
 
 @contextlib.contextmanager
 def target(platform: str | None, device: str | None, count: int = 1) -> Iterator[Sequence[jax.Device]]:
-    """Gives the devices to compile for: so many absent GPUs, a platform's, or JAX's default ones.
+    """Yields the devices to compile for: `count` absent GPUs, a platform's, or JAX's default ones.
 
     Raises:
         UserError: the platform has no device here; see also `absent.compiling_for`.
@@ -175,20 +175,20 @@ def target(platform: str | None, device: str | None, count: int = 1) -> Iterator
 
 
 def run(config: ConfigDict, options: Any) -> dict[str, Any]:
-    """Returns what the flags ask for: where, what was compiled, and for each program the largest batch that fits."""
+    """Returns the environment, what was compiled, and the largest batch that fits, for each program of the flags."""
     if not options.gib or options.gib <= 0:
         raise UserError("--gib is missing; give the memory of one device in GiB, as in --gib=15.")
     if options.most < 1 or options.refine < 0:
         raise UserError(f"--most is {options.most} and --refine {options.refine}; give at least 1 and 0.")
     if options.platform and options.device:
         raise UserError(
-            f"--platform={options.platform} and --device={options.device} say both what to compile for; give one of them."
+            f"--platform={options.platform} and --device={options.device} both say what to compile for; give one of them."
         )
     if options.device:
         absent.find(options.device)
     if options.devices < 1 or (options.devices > 1 and not options.device):
         raise UserError(
-            f"--devices is {options.devices}; it is how many GPUs there are of the kind that --device names, at least 1."
+            f"--devices is {options.devices}; it is the number of GPUs of the kind that --device names, at least 1."
         )
     todo = programs.chosen(config, options.programs, options.cases)
     size = programs.vocabulary(config, options.vocab_size)
@@ -213,7 +213,7 @@ def describe(answer: report.Row) -> str:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Returns the report to read."""
+    """Returns the report as text."""
     where = found["environment"]
     parts = [
         f"The compiler's memory analysis for {report.where(where)}, of one device; nothing was run.",
@@ -222,7 +222,7 @@ def text(found: dict[str, Any]) -> str:
     ]
     if where["platform"] == "cpu":
         parts.append(
-            "This is the CPU compiler's analysis; for a GPU it only stands in, whose compiler fuses and keeps other things."
+            "This is the CPU compiler's analysis, only a rough guide to a GPU, whose compiler fuses and keeps other things."
         )
     return "\n\n".join(parts)
 
@@ -230,9 +230,9 @@ def text(found: dict[str, Any]) -> str:
 if __name__ == "__main__":
     flags.DEFINE_float("gib", None, "The memory of one device, GiB.")
     programs.define_flags(["train", "sample"])
-    flags.DEFINE_integer("most", 4096, "The largest batch that is tried.")
-    flags.DEFINE_integer("refine", 2, "How often the interval of the answer is halved after a doubling went too far.")
+    flags.DEFINE_integer("most", 4096, "The largest batch to try.")
+    flags.DEFINE_integer("refine", 2, "How often the interval of the answer is halved, after doubling has found it.")
     flags.DEFINE_string("platform", None, "What to compile for: cpu, cuda, tpu; JAX's default if not given.")
-    flags.DEFINE_string("device", None, f"Instead a GPU that need not be here: {', '.join(absent.GPUS)}.")
+    flags.DEFINE_string("device", None, f"Instead, a GPU that need not be present: {', '.join(absent.GPUS)}.")
     flags.DEFINE_integer("devices", 1, "How many of these, in one host.")
     report.main("memory", run, text)

@@ -21,7 +21,7 @@ from duo_jax.models.network import Network
 from duo_jax.sampling import engine
 from duo_jax.training import loop, partition
 
-# A step that no run reaches: a curriculum that ends there goes on, and one that ends at 0 is over.
+# A step that no run reaches: a curriculum that ends there always goes on, and one that ends at 0 is over.
 _NEVER = 2**30
 PHASES = ("full", "topk", "discrete")
 
@@ -30,7 +30,7 @@ def vocabulary(config: ConfigDict, asked: int | None) -> int:
     """Returns K: as asked, or the size of the config's tokenizer.
 
     Raises:
-        UserError: fewer than two tokens and a mask.
+        UserError: K leaves no room for two tokens and a mask.
     """
     size = tokenizers.vocab_size(config.data.tokenizer, config.data.bpe_size) if asked is None else asked
     if size < 3:
@@ -55,7 +55,7 @@ def _checkable(config: ConfigDict) -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained: an algorithm, and of `duo` the phase: `full` or `topk` curriculum, or `discrete` after it."""
+    """What is trained: an algorithm, and for `duo` the phase: `full` or `topk` curriculum, or `discrete` after it."""
 
     algo: str
     phase: str | None = None
@@ -77,7 +77,7 @@ class Case:
         return self.algo if self.phase is None else f"{self.algo}:{self.phase}"
 
     def apply(self, config: ConfigDict) -> ConfigDict:
-        """Returns the config that is in this phase from its first step on."""
+        """Returns the config, changed so that its first step is in this phase."""
         settings: dict[str, Any] = {"algo.name": self.algo}
         if self.phase is not None:
             settings |= {"algo.curriculum.start": 0, "algo.curriculum.end": 0 if self.phase == "discrete" else _NEVER}
@@ -93,7 +93,7 @@ def all_cases() -> list[Case]:
 
 
 def usual_cases(config: ConfigDict) -> list[Case]:
-    """Returns what a run of the config consists of."""
+    """Returns the cases that a run of the config goes through."""
     if config.algo.name != "duo":
         return [Case(config.algo.name)]
     return [Case("duo", config.algo.curriculum.kind), Case("duo", "discrete")]
@@ -106,7 +106,7 @@ def define_flags(usual: Sequence[str]) -> None:
 
 
 def chosen(config: ConfigDict, which: Sequence[str], cases: Sequence[str]) -> list[Case | None]:
-    """Returns what `--programs` and `--cases` ask for: what is trained, the config's first phase if unsaid; None samples.
+    """Returns the programs that the flags ask for: cases to train (by default the first phase), and None for sampling.
 
     Raises:
         UserError: there is no such program or case.
@@ -167,7 +167,7 @@ class Sampling:
 
     @property
     def whole(self) -> NamedSharding:
-        """What every device holds whole, as it does the weights."""
+        """The sharding of what every device holds whole, such as the weights."""
         return NamedSharding(self.rows.mesh, PartitionSpec())
 
     @property
@@ -182,14 +182,14 @@ def sampler(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device] |
     Raises:
         UserError: a setting that does not fit the network, or a batch that the devices do not divide.
     """
-    network, chosen = Network.from_config(config, vocab_size), config.sample
-    settings = sampling.Settings.from_config(chosen, network)
+    network, sample_config = Network.from_config(config, vocab_size), config.sample
+    settings = sampling.Settings.from_config(sample_config, network)
     mesh = Mesh(np.asarray(jax.local_devices() if devices is None else devices), ("rows",))
-    partition.check_batch(mesh, "sample.batch_size", chosen.batch_size)
+    partition.check_batch(mesh, "sample.batch_size", sample_config.batch_size)
     rows, whole = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
     weights = jax.eval_shape(network.init, key())
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), weights)
-    shape = (chosen.batch_size, _length(config))
+    shape = (sample_config.batch_size, _length(config))
     given = engine.Given(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (np.int32, np.bool_)))
     lowered = sampling.sample_tokens.lower(
         weights,
@@ -205,12 +205,12 @@ def sampler(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device] |
 
 
 def _length(config: ConfigDict) -> int:
-    """A text's length; longer ones than the network's are written in windows of that."""
+    """The length of a text, or of its windows if it is longer than the network's length."""
     return min(config.sample.length or config.model.length, config.model.length)
 
 
 def key() -> jax.Array:
-    """Returns the key of every text."""
+    """Returns the PRNG key of all sampling."""
     return jax.random.key(0)
 
 
@@ -220,7 +220,7 @@ def knobs(config: ConfigDict) -> engine.Knobs:
 
 
 def nothing_given(config: ConfigDict, plan: Sampling) -> engine.Given:
-    """Returns texts on the devices of which nothing is known but an autoregressive one's first token."""
+    """Returns texts on the devices without known tokens, except the first for an autoregressive network."""
     given = engine.Given.nothing((config.sample.batch_size, _length(config)))
     if plan.network.algo == "ar":
         given = given.replace(held=given.held.at[:, 0].set(True))
@@ -228,7 +228,7 @@ def nothing_given(config: ConfigDict, plan: Sampling) -> engine.Given:
 
 
 def random_weights(network: Network, sharding: NamedSharding | None = None, *, seed: int = 0) -> Any:
-    """Returns weights on the devices that predict something: fresh ones have a head of zeros, and all tokens tie."""
+    """Returns random weights on the devices; unlike new ones, whose head is zero, they prefer some tokens."""
 
     def make(key: jax.Array) -> Any:
         weights = network.init(key)

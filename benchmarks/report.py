@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -35,7 +35,7 @@ def table(rows: Iterable[Row], columns: Mapping[str, str]) -> str:
 
 
 def show(value: Any) -> str:
-    """Returns a cell: three digits of a fraction, whole numbers with their thousands apart."""
+    """Returns a cell: fractions with three digits, whole numbers with thousands separated."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -46,17 +46,16 @@ def show(value: Any) -> str:
 
 
 def where(environment: Row) -> str:
-    """Returns what a measurement was made on."""
+    """Returns the devices of a measurement as text."""
     return "{devices} x {device} ({platform}), jax {jax}".format(**environment)
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     """Returns p of y ~ x^p by least squares on the logarithms; None for fewer than two different x."""
-    logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
-    if len({x for x, _ in logs}) < 2:
+    positive = [(x, y) for x, y in points if x > 0 and y > 0]
+    if len({x for x, _ in positive}) < 2:
         return None
-    mean_x, mean_y = (sum(part) / len(logs) for part in zip(*logs, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+    return float(np.polyfit(*np.log(positive).T, deg=1)[0])
 
 
 def save(folder: Path | None, name: str, report: Mapping[str, Any], text: str) -> None:
@@ -74,13 +73,13 @@ def main(
     text: Callable[[dict[str, Any]], str],
     check: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> None:
-    """Runs `python -m benchmarks.NAME`: measures as the flags say, prints the report, and keeps it where `--out` says.
+    """Runs `python -m benchmarks.NAME`: measures as the flags say, prints the report, and writes it to `--out`.
 
     Args:
-        name: the measurement's; its own flags are defined already.
+        name: the measurement's name; its own flags are already defined.
         measure: returns the report; takes the config, and an object whose attributes are the values of all flags.
-        text: returns the report to read.
-        check: raises UserError, once all is printed and kept, where what was found is not as it must be.
+        text: returns the report as text.
+        check: raises UserError if the results are wrong; called after all is printed and written.
     """
     flags.DEFINE_integer("vocab_size", None, "K; the size of the config's tokenizer if not given.")
     flags.DEFINE_string("out", None, f"A folder for {name}.json and {name}.md.")
@@ -88,9 +87,9 @@ def main(
     def call(config: ConfigDict) -> None:
         folder = check_folder(flags.FLAGS.out, flag="--out") if flags.FLAGS.out else None
         found = measure(config, flags.FLAGS)
-        told = text(found)
-        print(f"\n{told}\n")
-        save(folder, name, found, told)
+        shown = text(found)
+        print(f"\n{shown}\n")
+        save(folder, name, found, shown)
         check(found)
 
     cli.run(call)

@@ -1,14 +1,13 @@
-"""What sampling costs, of any config and every sampler:
+"""The cost of sampling, for any config and every sampler:
 
     python -m benchmarks.sample --config=configs/tiny.py --config.sample.batch_size=4 --config.model.length=128
     python -m benchmarks.sample --config=configs/tiny.py --samplers=all --n_steps=8,64 --out=runs/bench
     python -m benchmarks.sample --config=configs/owt.py --samplers=psi,mdlm:ancestral_cache --top_p=1.0,0.9
 
 The program is the one that `duo_jax.sample` compiles, with random weights and a batch of `config.sample.batch_size`
-texts. A sampler stands for itself with the config's algorithm or, where that does not know it, with its own:
-`ancestral_cache` with mdlm, `analytic` with sedd, `autoregressive` with ar; `mdlm:psi` names both. Steps, noise removals and
-top_p may be lists, and `--sweep=length:64,128` varies
-batch, length, vocab or blocks. Each measurement has a process of its own.
+texts. A sampler is used with the config's algorithm or, if that does not have it, with its usual one: `ancestral_cache`
+with mdlm, `analytic` with sedd, `autoregressive` with ar; `mdlm:psi` names both. Steps, noise removals and top_p may be
+lists, and `--sweep=length:64,128` varies batch, length, vocab or blocks. Each measurement has a process of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ COLUMNS = {
     "temporary_mib": "temp MiB", "total_mib": "program MiB", "compile_s": "compile s", "error": "error",
 }  # fmt: skip
 _SAME = ("case", "n_steps", "noise_removal", "top_p")
-# The algorithm to show a sampler with, where the config's own does not know it.
+# The algorithm to use a sampler with if the config's own does not have it.
 _USUAL = {"ancestral": "duo", "psi": "duo", "ancestral_cache": "mdlm", "analytic": "sedd", "autoregressive": "ar"}
 
 
@@ -53,7 +52,7 @@ class Case:
 
 
 def fits(algo: str, sampler: str) -> bool:
-    """Returns whether a network of the algorithm can be sampled so."""
+    """Returns whether a network of the algorithm can use the sampler."""
     network = Network(algo, 3, 2, 3, 2, 1, 1, 1, 0.0)
     try:
         Settings.for_network(network, 1, sampler=sampler)
@@ -63,7 +62,7 @@ def fits(algo: str, sampler: str) -> bool:
 
 
 def all_cases() -> list[Case]:
-    """Returns every algorithm with every sampler that fits it; duo stands for the networks that are sampled like its own."""
+    """Returns every algorithm with every sampler that fits it; duo stands for all networks that are sampled as it is."""
     algos = [algo for algo in config_lib.ALGORITHMS if algo not in ("duo_base", "dcd")]
     cases = [Case(algo, sampler) for algo in algos for sampler in SAMPLERS if fits(algo, sampler)]
     return [case for case in cases if case != Case("ar", "ancestral")]  # the same as autoregressive
@@ -89,29 +88,30 @@ def settings_of(
 ) -> list[dict[str, Any]]:
     """Returns the config's settings for every measurement.
 
-    An autoregressive network takes a call a token and has no noise to remove: its steps and removals are not varied.
+    An autoregressive network takes one call per token and has no noise to remove: its steps and removals are not varied.
     """
     found = []
     for case, n, removal, top_p in itertools.product(cases, n_steps, removals, top_ps):
-        given = {"sample.n_steps": n, "sample.noise_removal": removal}
+        settings = {"sample.n_steps": n, "sample.noise_removal": removal}
         if case.algo == "ar":
-            given = {"sample.n_steps": n_steps[0], "sample.noise_removal": "ancestral"}
-        given |= {"algo.name": case.algo, "sample.sampler": case.sampler, "sample.top_p": top_p}
-        if given not in found:
-            found.append(given)
+            settings = {"sample.n_steps": n_steps[0], "sample.noise_removal": "ancestral"}
+        settings |= {"algo.name": case.algo, "sample.sampler": case.sampler, "sample.top_p": top_p}
+        if settings not in found:
+            found.append(settings)
     return found
 
 
 def measure_case(config: ConfigDict, vocab_size: int, repeats: int) -> dict[str, Any]:
-    """Returns what sampling as `config.sample` says costs; of a process that does nothing else."""
+    """Returns the cost of sampling as `config.sample` says; to be run in a process of its own."""
     baseline = measure.rss()
     plan = programs.sampler(config, vocab_size)
-    network, chosen = plan.network, config.sample
+    network, sample_config = plan.network, config.sample
     given = programs.nothing_given(config, plan)
     rows, length = given.tokens.shape
     row: dict[str, Any] = {
-        "case": str(Case(network.algo, chosen.sampler)), "n_steps": None if network.algo == "ar" else chosen.n_steps,
-        "noise_removal": chosen.noise_removal, "top_p": chosen.top_p, "batch": rows, "length": length,
+        "case": str(Case(network.algo, sample_config.sampler)),
+        "n_steps": None if network.algo == "ar" else sample_config.n_steps,
+        "noise_removal": sample_config.noise_removal, "top_p": sample_config.top_p, "batch": rows, "length": length,
         "vocab": vocab_size, "blocks": network.blocks, "dim": network.dim, "dtype": network.dtype.name,
         "environment": measure.environment(),
     }  # fmt: skip
@@ -144,61 +144,43 @@ def measure_case(config: ConfigDict, vocab_size: int, repeats: int) -> dict[str,
 
 
 def run(config: ConfigDict, options: Any) -> dict[str, Any]:
-    """Returns what the flags ask for: where, and a row a measurement, and with a sweep the growth."""
+    """Measures what the flags ask for; returns the report of `sweeps.measure_all`."""
     if options.repeats < 1:
         raise UserError(f"--repeats is {options.repeats}; it must be at least 1.")
-    chosen, sweep = config.sample, options.sweep
-    names = options.samplers or [chosen.sampler]
+    sample_config, sweep = config.sample, options.sweep
+    names = options.samplers or [sample_config.sampler]
     cases = all_cases() if names == ["all"] else [parse_case(name, config.algo.name) for name in names]
     settings = settings_of(
         cases,
-        numbers("n_steps", options.n_steps, int) or [chosen.n_steps],
-        options.noise_removal or [chosen.noise_removal],
-        numbers("top_p", options.top_p, float) or [chosen.top_p],
+        numbers("n_steps", options.n_steps, int) or [sample_config.n_steps],
+        options.noise_removal or [sample_config.noise_removal],
+        numbers("top_p", options.top_p, float) or [sample_config.top_p],
     )
     size = programs.vocabulary(config, options.vocab_size)
-    todo = [
-        (programs.changed(variant, given), k)  # a mistake in the last shows before the first is measured
-        for given in settings
+    cases = [
+        (programs.changed(variant, changes), k, options.repeats)  # a mistake in any shows before the first is measured
+        for changes in settings
         for variant, k in sweeps.variants(config, size, sweep, "sample")
     ]
-    rows = []
-    for variant, k in todo:
-        rows.append(measure.in_fresh_process(measure_case, variant, k, options.repeats))
-        print(f"{len(rows)} of {len(todo)}: {describe(rows[-1])}", flush=True)
-    found = {"environment": rows[0]["environment"], "repeats": options.repeats, "rows": rows}
-    return found | ({"growth": sweeps.growth(rows, sweep, _SAME)} if sweep else {})
-
-
-def describe(row: report.Row) -> str:
-    """Returns a line to read while the others are being measured."""
-    if "error" in row:
-        return f"{row['case']}: {row['error']}"
-    return f"{row['case']}, {row['calls']} calls: {row['median_ms']:,.1f} ms, {row['tokens_per_s']:,.0f} tokens/s"
+    about = {"repeats": options.repeats}
+    return sweeps.measure_all(measure_case, cases, "{calls} calls", sweep=sweep, same=_SAME, about=about)
 
 
 def text(found: dict[str, Any]) -> str:
-    """Returns the report to read."""
-    parts = [
-        f"Sampling on {report.where(found['environment'])}, median of {found['repeats']} batches; MFU is model FLOPs "
-        "against the matmul peak of the same process.",
-        report.table(found["rows"], COLUMNS),
-    ]
-    if "growth" in found:
-        parts.append(sweeps.table(found["growth"], _SAME))
-    return "\n\n".join(parts)
+    """Returns the report as text."""
+    return sweeps.text(found, "Sampling", f"{found['repeats']} batches", COLUMNS, _SAME)
 
 
-def numbers(name: str, given: Sequence[str], kind: type) -> list[Any]:
+def numbers(name: str, values: Sequence[str], kind: type) -> list[Any]:
     """Returns a flag's list as numbers.
 
     Raises:
-        UserError: one of them is none.
+        UserError: one of them is not a number.
     """
     try:
-        return [kind(value) for value in given]
+        return [kind(value) for value in values]
     except ValueError as error:
-        raise UserError(f"--{name}={','.join(given)}: {error}.") from error
+        raise UserError(f"--{name}={','.join(values)}: {error}.") from error
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a training step costs, of any config and algorithm:
+"""The cost of a training step, for any config and algorithm:
 
     python -m benchmarks.train --config=configs/tiny.py --config.train.batch_size=8 --config.model.length=128
     python -m benchmarks.train --config=configs/tiny.py --cases=duo:full,duo:topk,mdlm --out=runs/bench
     python -m benchmarks.train --config=configs/tiny.py --sweep=batch:1,2,4,8
 
-The step is the one that training compiles, on random tokens. Cases are algorithms, and of duo the phases `duo:full`,
+The step is the one that training compiles, on random tokens. Cases are algorithms, and for duo the phases `duo:full`,
 `duo:topk` (the curriculum) and `duo:discrete` (after it); `--cases=all` takes them all. A sweep measures the growth with
 `batch`, `length`, `vocab` or `blocks`. Each measurement has a process of its own.
 """
@@ -30,12 +30,13 @@ COLUMNS = {
     "rss_mib": "RSS MiB", "device_peak_mib": "device MiB", "temporary_mib": "temp MiB", "total_mib": "program MiB",
     "compile_s": "compile s", "error": "error",
 }  # fmt: skip
+_SAME = ("case",)
 
 
 def measure_case(config: ConfigDict, case: programs.Case, vocab_size: int, steps: int) -> dict[str, Any]:
-    """Returns what a case costs; of a process that does nothing else.
+    """Returns the cost of a case; to be run in a process of its own.
 
-    The matrix units' peak is taken before and after the steps that are timed, and after the memory is read.
+    The matrix units' peak is measured before and after the timed steps, once the memory has been read.
     """
     baseline = measure.rss()
     config = case.apply(config)
@@ -75,9 +76,9 @@ def measure_case(config: ConfigDict, case: programs.Case, vocab_size: int, steps
 
 
 def step_times(step: Any, state: Any, batch: dict[str, jax.Array], steps: int) -> tuple[list[float], float]:
-    """Returns the seconds of each step, from asking to result, and those a step takes with the next one queued.
+    """Returns the seconds of each step from dispatch to result, and of a step while the next one is always queued.
 
-    Training has one step queued always, which hides from a fast device the host's work of asking.
+    Training always has one step queued, so that a fast device does not wait for the host's dispatch.
     """
     taken = []
     for _ in range(steps):
@@ -95,38 +96,23 @@ def step_times(step: Any, state: Any, batch: dict[str, jax.Array], steps: int) -
 
 
 def run(config: ConfigDict, options: Any) -> dict[str, Any]:
-    """Returns what the flags ask for: where, and a row a measurement, and with a sweep the growth."""
+    """Measures what the flags ask for; returns the report of `sweeps.measure_all`."""
     if options.steps < 1:
         raise UserError(f"--steps is {options.steps}; it must be at least 1.")
     names, sweep = options.cases, options.sweep
     chosen = programs.all_cases() if names == ["all"] else [programs.Case.parse(name) for name in names]
     variants = sweeps.variants(config, programs.vocabulary(config, options.vocab_size), sweep, "train")
-    todo = list(itertools.product(chosen or programs.usual_cases(config), variants))
-    rows = []
-    for case, (variant, size) in todo:
-        rows.append(measure.in_fresh_process(measure_case, variant, case, size, options.steps))
-        print(f"{len(rows)} of {len(todo)}: {describe(rows[-1])}", flush=True)
-    found = {"environment": rows[0]["environment"], "steps": options.steps, "rows": rows}
-    return found | ({"growth": sweeps.growth(rows, sweep, ["case"])} if sweep else {})
-
-
-def describe(row: report.Row) -> str:
-    """Returns a line to read while the others are being measured."""
-    if "error" in row:
-        return f"{row['case']}: {row['error']}"
-    return f"{row['case']}, B = {row['batch']}: {row['median_ms']:,.1f} ms, {row['tokens_per_s']:,.0f} tokens/s"
+    cases = [
+        (variant, case, size, options.steps)
+        for case, (variant, size) in itertools.product(chosen or programs.usual_cases(config), variants)
+    ]
+    about = {"steps": options.steps}
+    return sweeps.measure_all(measure_case, cases, "B = {batch}", sweep=sweep, same=_SAME, about=about)
 
 
 def text(found: dict[str, Any]) -> str:
-    """Returns the report to read."""
-    parts = [
-        f"Training on {report.where(found['environment'])}, median of {found['steps']} steps; MFU is model FLOPs against "
-        "the matmul peak of the same process.",
-        report.table(found["rows"], COLUMNS),
-    ]
-    if "growth" in found:
-        parts.append(sweeps.table(found["growth"], ["case"]))
-    return "\n\n".join(parts)
+    """Returns the report as text."""
+    return sweeps.text(found, "Training", f"{found['steps']} steps", COLUMNS, _SAME)
 
 
 if __name__ == "__main__":

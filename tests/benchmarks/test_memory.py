@@ -75,7 +75,7 @@ def test_what_fits_in_a_little(tmp_path):
     parts = {"arguments": 1, "outputs": 1, "aliases": -1, "temporary": 1, "code": 1}
     for row in rows:
         assert row["total_gib"] == pytest.approx(sum(sign * row[f"{part}_gib"] for part, sign in parts.items()))
-    assert "only stands in" in result.stdout
+    assert "only a rough guide to a GPU" in result.stdout
 
 
 def test_sampling_more_texts_takes_more_memory():
