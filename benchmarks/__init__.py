@@ -1,1 +1,1 @@
-"""What training and sampling cost: `python -m benchmarks.train`, `benchmarks.sample`, `benchmarks.memory`; see README.md."""
+"""The cost of training and sampling: `python -m benchmarks.train`, `benchmarks.sample`, `benchmarks.memory`; see README."""

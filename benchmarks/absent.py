@@ -95,7 +95,7 @@ def find(name: str) -> Gpu:
     """Returns a GPU of `GPUS`.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no GPU of that name.
     """
     if name not in GPUS:
         raise UserError(f"--device={name}: there is no such GPU; choose from {', '.join(GPUS)}.")
@@ -107,7 +107,7 @@ def compiling_for(name: str, count: int = 1) -> Iterator[list[jax.Device]]:
     """Yields absent GPUs of one host to compile for within the block; the process must not have compiled anything before.
 
     Raises:
-        UserError: there is none of that name, or the compiler for CUDA is not installed.
+        UserError: there is no GPU of that name, or the compiler for CUDA is not installed.
     """
     gpu = find(name)
     jax.config.update("jax_platforms", "cpu")  # a GPU that is present is not used

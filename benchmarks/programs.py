@@ -65,7 +65,7 @@ class Case:
         """Returns the case that `duo:topk` or `mdlm` names.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: there is no case of that name.
         """
         algo, _, phase = text.partition(":")
         if algo not in config_lib.ALGORITHMS or (algo == "duo") != (phase in PHASES) or (algo != "duo" and phase):

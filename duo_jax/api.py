@@ -27,7 +27,7 @@ from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint
 
 # How many texts one call of the sampler writes at once on each device, by default.
-_ROWS_A_DEVICE = 64
+_ROWS_PER_DEVICE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ def sample(
     """
     network = _network_of(params)
     length = network.length if length is None else length
-    rows_at_once = _ROWS_A_DEVICE * jax.local_device_count() if rows_at_once is None else rows_at_once
+    rows_at_once = _ROWS_PER_DEVICE * jax.local_device_count() if rows_at_once is None else rows_at_once
     n_steps, batch_size, rows_at_once, early_stop = (
         _whole(name, value)
         for name, value in (("n_steps", n_steps), ("batch_size", batch_size), ("rows_at_once", rows_at_once),

@@ -217,7 +217,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
         )
     finally:
         if not jax.process_index() and not path.stat().st_size:
-            path.unlink()  # there is no text
+            path.unlink()  # no text was sampled
     if jax.process_index():
         return
     shown = f" (the first {_SHOWN} above)" if len(result.text) > _SHOWN else ""
@@ -234,7 +234,7 @@ def _place() -> dict[str, int]:
     address itself.
 
     Raises:
-        UserError: a value is no whole number.
+        UserError: a value is not a whole number.
     """
     place = {}
     for name in ("num_processes", "process_id"):

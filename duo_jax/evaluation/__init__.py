@@ -1,1 +1,1 @@
-"""What a network is worth: held-out likelihood, judges of its texts, the few-step curve, the harness's tasks, and plots."""
+"""Evaluation of networks: held-out likelihood, judges of its texts, the few-step curve, the harness's tasks, and plots."""

@@ -70,7 +70,7 @@ def read(name: str, folder: Path) -> Curve:
         settings = config_lib.flatten(json.loads((folder / workdir_lib.CONFIG).read_text(encoding="utf-8")))
         settings = config_lib.flatten(config_lib.default()) | settings  # settings that its version lacked are defaults
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--runs: {folder} is no folder of a run, with {workdir_lib.CONFIG}: {error}.") from error
+        raise UserError(f"--runs: {folder} is not a run's folder with {workdir_lib.CONFIG}: {error}.") from error
     rows = [row for row in read_jsonl(folder / workdir_lib.METRICS) if isinstance(row, dict)]
     heldout = {row["step"]: row for row in rows if row.keys() >= _FIGURES}
     if not heldout:

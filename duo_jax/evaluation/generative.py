@@ -1,4 +1,4 @@
-"""How good sampled texts are: perplexity under a language model, and how much they vary."""
+"""The quality of sampled texts: perplexity under a language model, and how much they vary."""
 
 from __future__ import annotations
 

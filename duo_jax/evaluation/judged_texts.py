@@ -139,12 +139,12 @@ def written(path: Path, models: dict[str, Model], num: int) -> tuple[Any, Any]:
             rows = [json.loads(line) for line in itertools.islice(lines, num)]
         texts, tokens = [row["text"] for row in rows], np.array([row["tokens"] for row in rows], np.int32)
         if tokens.ndim != 2:
-            raise ValueError("it is empty, or tokens is no list")
+            raise ValueError("it is empty, or tokens is not a list")
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"--texts: {path} is no samples.jsonl as mode=sample writes it, with `text` and equally many `tokens` in each "
-            f"row: {reason}."
+            f"--texts: {path} is not a samples.jsonl as mode=sample writes it, with `text` and equally many `tokens` in "
+            f"each row: {reason}."
         ) from error
     if len(rows) < num:
         progress.say(f"{path} has {len(rows)} texts, so its figures are of these, not of {num}.")

@@ -1,4 +1,4 @@
-"""Where the judges of text come from: GPT-2 in Hugging Face's layout, Llama models in GGUF, and a packaged one of these."""
+"""Loaders of the judges of text: GPT-2 in Hugging Face's layout, Llama models in GGUF, and SmolLM2 from a package."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class Settings:
 
     Attributes:
         n_steps: steps of the time grid, 1 or more; the noise removal is one more network call. Not used by an
-            autoregressive network, which takes one call a token.
+            autoregressive network, which takes one call per token.
         sampler: `ancestral`, the posterior q(z_s | z_t, x = p); `psi`, which also redraws tokens (see `Psi`); for
             absorbing states also `ancestral_cache`, the same texts as `ancestral` without the calls that change nothing,
             and `analytic` (SEDD); `autoregressive`.

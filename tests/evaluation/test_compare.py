@@ -123,7 +123,7 @@ def test_runs_that_read_the_same_data_otherwise_are_compared(run, tmp_path):
 
 
 def test_what_is_no_run_is_one_line(run, tmp_path):
-    with pytest.raises(UserError, match="no folder of a run"):
+    with pytest.raises(UserError, match="is not a run's folder"):
         compare.read("x", tmp_path)
     folder = tmp_path / run("new", [])
     for metrics in ("", "[1, 2]\n", '{"step": 1, "heldout/nll": 3.0}\n'):

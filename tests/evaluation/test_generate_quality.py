@@ -194,7 +194,7 @@ def test_a_sampler_that_does_not_fit_is_told_first(
         (["--models=x={trained}", "--heldout={out}"], "holds no text; it needs files that end in"),
         (["--texts=x=a", "--texts=x=b"], "two --texts have one name"),
         (["--models=x=a", "--texts=x=b"], "--models and --texts both have x"),
-        (["--texts=x={out}/nowhere", "--heldout=none"], "nowhere is no samples.jsonl as mode=sample writes it"),
+        (["--texts=x={out}/nowhere", "--heldout=none"], "nowhere is not a samples.jsonl as mode=sample writes it"),
         (["--models=held-out text={trained}"], "the name of the text to compare with"),
         (["--models=x={trained}", "--protocol=theirs"], "--protocol: invalid choice: 'theirs' (choose from "),
         (["--models=x={out}/nowhere"], "nowhere does not exist"),

@@ -239,7 +239,7 @@ def test_texts_away_from_their_folder_need_their_network(samples, trained, judge
         ('{"text": "a"}', "there is no 'tokens'"),
         ('{"tokens": [1]}', "there is no 'text'"),
         ('{"text": "a", "tokens": [1]}\n{"text": "a", "tokens": [1, 2]}', "inhomogeneous"),
-        ('{"text": "a", "tokens": 5}', "tokens is no list"),
+        ('{"text": "a", "tokens": 5}', "tokens is not a list"),
         ('{"text": "a", "tokens": [99999999999]}', ""),
         ('["a"]', ""),
         ("text", "Expecting value"),
@@ -249,5 +249,5 @@ def test_texts_away_from_their_folder_need_their_network(samples, trained, judge
 def test_other_files_are_no_texts(tmp_path, content, reason):
     path = tmp_path / "other.jsonl"
     path.write_text(content)
-    with pytest.raises(UserError, match=rf"other\.jsonl is no samples\.jsonl as mode=sample writes it, .*{reason}"):
+    with pytest.raises(UserError, match=rf"other\.jsonl is not a samples\.jsonl as mode=sample writes it, .*{reason}"):
         judged_texts.written(path, {}, 5)
