@@ -26,6 +26,9 @@ from duo_jax.evaluation import rows as rows_lib
 from duo_jax.models.network import Network, Params
 from duo_jax.training import checkpoint
 
+# What a writer of `train` must have.
+_WRITER = ("write_scalars", "write_texts", "write_hparams", "flush", "close")
+_SHOWN = 60  # characters of each text that `repr` shows
 # How many texts one call of the sampler writes at once on each device, by default.
 _ROWS_PER_DEVICE = 64
 
@@ -48,6 +51,17 @@ class Samples:
     entropy: np.ndarray
     network_calls: int
     trajectory: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        """The texts' beginnings, as a notebook shows them, without the arrays."""
+        beginnings = [text if len(text) <= _SHOWN else text[:_SHOWN] + "..." for text in self.text[:4]]
+        more = ", ..." if len(self.text) > len(beginnings) else ""
+        shown = ", ".join(map(repr, beginnings)) + more
+        rows, length = self.tokens.shape
+        return (
+            f"Samples({rows} texts of {length} tokens, entropy {self.entropy.mean():.2f}, "
+            f"{self.network_calls} network calls: [{shown}])"
+        )
 
 
 class _Estimate(NamedTuple):
@@ -114,26 +128,32 @@ def train(config: ConfigDict, workdir: str | Path, *, writers: Sequence[Any] = (
 
     The same call resumes from the newest checkpoint. This is what the command line does, and works in a loop over configs:
 
-        config = duo_jax.config.default()  # or a recipe's get_config()
-        config.train.lr = 1e-4
+        config = configs.quickstart.get_config()  # a recipe, in the clone's folder
+        config.train.lr = 1e-3
         duo_jax.train(config, "runs/mine")
 
     Args:
-        config: every setting; see `duo_jax.config`.
+        config: every setting. A recipe starts from `duo_jax.config.default()`, which describes a network of 170M parameters.
         workdir: the run's folder.
         writers: receive all numbers and texts, as the run's own files do, and are closed at the end, also after an error:
             objects with these methods of `clu.metric_writers`: `write_scalars(step, scalars)`, `write_texts(step, texts)`,
             `write_hparams(hparams)`, `flush()` and `close()`.
 
     Raises:
-        UserError: a mistake that the user can correct.
+        UserError: a mistake that the user can correct, such as a `config.mode` other than `train`.
         KeyboardInterrupt: a signal stopped the run, after it was saved.
     """
     from duo_jax.training import loop
 
     with contextlib.ExitStack() as stack:
+        if not isinstance(writers, Sequence):
+            raise UserError(f"writers is {writers!r}; give a list of writers.")
         for writer in writers:
+            if absent := [name for name in _WRITER if not callable(getattr(writer, name, None))]:
+                raise UserError(f"the writer {writer!r} has no {absent[0]}(); see duo_jax.train.")
             stack.callback(writer.close)
+        if isinstance(config, ConfigDict) and config.get("mode", "train") != "train":
+            raise UserError(f"config.mode is {config.mode!r}, and duo_jax.train trains; set it to 'train'.")
         if not isinstance(workdir, str | Path):
             raise UserError(f"workdir is {workdir!r}; give a folder for the run.")
         if loop.train(config, str(Path(workdir).expanduser()), writers) is not None:
@@ -216,7 +236,8 @@ def sample(
         negative_prompt: lead away from the prediction with this prompt instead.
         early_stop: a uniform-state text is finished after this many successive steps without a change; 0 turns this off.
         stride: new tokens per window, for texts longer than the network's length; half of that length if None.
-        rows_at_once: texts sampled together, which bounds the memory; at most 64 per device if None.
+        rows_at_once: texts sampled together, which bounds the memory; at most 64 per device if None. If given, fewer texts
+            are filled up to it, so that one program serves every batch size.
         trajectory: whether to keep the tokens of every step.
         until_eos: whether `.text` ends at the first EOS, since networks are trained on rows of several documents; `.tokens`
             and `.entropy` are of the whole row. Otherwise EOS reads as an empty line.
@@ -229,18 +250,18 @@ def sample(
     """
     network = _network_of(params)
     length = network.length if length is None else length
-    rows_at_once = _ROWS_PER_DEVICE * jax.local_device_count() if rows_at_once is None else rows_at_once
-    n_steps, batch_size, rows_at_once, early_stop = (
+    n_steps, batch_size, early_stop = (
         _whole(name, value)
-        for name, value in (("n_steps", n_steps), ("batch_size", batch_size), ("rows_at_once", rows_at_once),
-                            ("early_stop", early_stop))
-    )  # fmt: skip
+        for name, value in (("n_steps", n_steps), ("batch_size", batch_size), ("early_stop", early_stop))
+    )
     seed = _seed(seed)
     length, stride = _whole("length", length), None if stride is None else _whole("stride", stride)
     least = 2 if network.algo == "ar" else 1  # its first token is given
     if batch_size < 1 or length < least:
         raise UserError(f"batch_size is {batch_size} and length {length}; they must be at least 1 and {least}.")
-    if rows_at_once < 1:
+    if rows_at_once is None:
+        rows_at_once = min(batch_size, _ROWS_PER_DEVICE * jax.local_device_count())
+    elif (rows_at_once := _whole("rows_at_once", rows_at_once)) < 1:
         raise UserError(f"rows_at_once is {rows_at_once}; it must be at least 1.")
     for name, value in (("top_p", top_p), ("temperature", temperature), ("guidance", guidance)):
         if not isinstance(value, numbers.Real):

@@ -203,9 +203,9 @@ def _memory_advice(error: RuntimeError) -> UserError:
     size = f"; {int(asked[1]) / 2**30:.1f} GiB more were asked for" if asked else ""
     return UserError(
         f"the device's memory is full{size}. For training, set config.train.accumulate=2 or more, config.model.remat=blocks "
-        "with config.model.scan=True, or a smaller config.model.head_mib or config.train.batch_size; otherwise a smaller "
-        "config.eval.batch_size or config.sample.batch_size. A run goes on from its last checkpoint with the same command; "
-        "python -m benchmarks.memory computes which batch fits."
+        "with config.model.scan=True, or a smaller config.model.head_mib, with any of which a run resumes from its last "
+        "checkpoint; for a new run also a smaller config.train.batch_size. Otherwise set a smaller config.eval.batch_size "
+        "or config.sample.batch_size. python -m benchmarks.memory computes which batch fits."
     )
 
 

@@ -7,7 +7,8 @@ The knobs that papers rarely explain:
 
 * **schedule** `alpha_t` is the share of a token that is still signal. `log_linear` is `alpha = 1 - (1-eps) t`; with
   `algo.eps = 1e-3`, `alpha_1` is 1e-3 rather than 0, so that `log alpha`, an input of the network, stays finite.
-* **eps_t**: times are drawn from `[eps_t, 1]`; the nearly clean texts below it have almost no loss and a large variance.
+* **eps_t**: times are drawn from `[eps_t, 1]`; the nearly clean texts below it have little loss and a large variance.
+  docs/evaluation.md tells what a bound lacks for it.
 * **EMA**: the average of the parameters over about `1/(1-ema)` steps; evaluation and sampling use it. It warms up as
   `min(ema, (1+n)/(10+n))`, so short runs may keep the long-run value, but a run much shorter than `1/(1-ema)` steps
   needs a smaller one (0.999 for 5,000 steps).

@@ -36,8 +36,9 @@ _SAMPLE_SETTINGS = (
 )
 _SHOWN = 4  # texts are printed
 
-# Fields that only change how the network is computed: the config's may differ from the checkpoint's.
-_COMPUTATION_ONLY = ("precision", "attention", "head_mib", "dropout", "remat", "scan")
+# Fields that only change how the network is computed, or at which times it is evaluated: the config's may differ from the
+# checkpoint's.
+_COMPUTATION_ONLY = ("precision", "attention", "head_mib", "dropout", "remat", "scan", "eps_t")
 
 
 def _load(config: ConfigDict, workdir: str) -> tuple[Params, Path, int, dict[str, Any]]:
@@ -172,13 +173,14 @@ def sample(config: ConfigDict, workdir: str) -> None:
     files.check_folder(home)
     sample_config = config.sample
     psi = sampling.Psi.from_config(sample_config)
+    number = sample_config.num or sample_config.batch_size
     settings = {name: sample_config[name] for name in _SAMPLE_SETTINGS} | {
         "length": params.network.length if sample_config.length is None else sample_config.length,
         "prompt": sample_config.prompt or None,
         "negative_prompt": sample_config.negative_prompt or None,
         "infill": sample_config.infill or None,
         "stride": sample_config.stride or None,
-        "rows_at_once": sample_config.batch_size,
+        "rows_at_once": min(sample_config.batch_size, number),
     }
     mesh = None
     if jax.process_count() > 1:
@@ -204,7 +206,6 @@ def sample(config: ConfigDict, workdir: str) -> None:
                     row["trajectory"] = batch.trajectory[:, i].tolist()
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    number = sample_config.num or sample_config.batch_size
     try:
         result = api.sample(
             params,

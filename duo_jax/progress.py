@@ -29,8 +29,8 @@ class _Lines:
 
 
 def bar(**kwargs: Any) -> tqdm:
-    """Returns a `tqdm` bar with rate and ETA: drawn in place on a terminal, a line every 15 seconds elsewhere."""
-    if sys.stderr.isatty():
+    """Returns a `tqdm` bar with rate and ETA: drawn in place on a terminal or in a notebook, else a line every 15 s."""
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:  # a notebook redraws a line, too
         return tqdm(dynamic_ncols=True, **kwargs)
     # All bars share position 0: otherwise tqdm would move the cursor to draw one bar below another.
     return tqdm(file=_Lines(sys.stderr), mininterval=15, maxinterval=15, ncols=100, ascii=True, position=0, **kwargs)

@@ -82,6 +82,18 @@ def test_sample(params):
     assert duo_jax.sample(params, length=20, noise_removal="greedy", top_p=0.9).tokens.shape == (1, 20)
 
 
+def test_fewer_texts_than_are_sampled_at_once_share_their_program(params):
+    duo_jax.sample(params, 2, batch_size=4, rows_at_once=4, noise_removal="greedy")
+    compiled = sampling.networks.sample_tokens._cache_size()
+    for number in (1, 3, 4, 6):
+        result = duo_jax.sample(params, 2, batch_size=number, rows_at_once=4, noise_removal="greedy")
+        assert len(result.tokens) == len(result.text) == number
+    assert sampling.networks.sample_tokens._cache_size() == compiled
+    shown = repr(result)
+    assert shown.startswith("Samples(6 texts of 32 tokens, entropy ")
+    assert len(shown) < 400
+
+
 def test_neither_a_seed_nor_top_p_compiles_anew(params):
     duo_jax.sample(params, n_steps=2, top_p=0.9, batch_size=2)
     before = sampling.sample_tokens._cache_size()

@@ -182,5 +182,8 @@ def to_torch(params: Mapping[str, Any] | Params, *, heads: int | None = None) ->
         state[theirs] = np.ascontiguousarray(value.T if ours.endswith("/kernel") else value)
     if heads is not None:
         head_dim = state["vocab_embed.embedding"].shape[1] // heads
-        state[INVERSE_FREQUENCY] = (10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        state[INVERSE_FREQUENCY] = (
+            np.float32(1.0) / np.float32(10_000.0) ** exponents
+        )  # in float32, as the reference does
     return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from duo_jax.models.network import Network
 
-_PROCESS = {
+_ALGORITHMS = {
     "duo": "a uniform-state diffusion language model, trained with Duo's curriculum",
     "duo_base": "a uniform-state diffusion language model, trained with its likelihood bound",
     "dcd": "a uniform-state diffusion language model, distilled to few steps with discrete consistency distillation",
@@ -17,6 +17,8 @@ _PROCESS = {
 
 def text(net: Network, name: str, step: int) -> str:
     """Returns the card as Markdown; `step` is the training step of the weights, 0 if unknown."""
+    article = "a" if net.process == "uniform" else "an"
+    about = _ALGORITHMS.get(net.algo, f"{article} {net.process} language model trained with {net.algo}")
     trained = f"\n| training steps | {step:,} |" if step else ""
     return f"""---
 library_name: duo_jax
@@ -26,7 +28,7 @@ tags: [diffusion, language-model, {net.algo}]
 
 # {name}
 
-This is {_PROCESS[net.algo]}, in [duo_jax](https://arxiv.org/abs/2506.10892) (The Diffusion Duality).
+This is {about}, in [duo_jax](https://arxiv.org/abs/2506.10892) (The Diffusion Duality).
 
 | | |
 |---|---|

@@ -33,7 +33,7 @@ def write_lightning(params: Params, path: str | Path, *, step: int = 0) -> None:
     try:
         import torch
     except ImportError as error:
-        raise UserError("writing a .ckpt needs PyTorch: run `pip install 'duo_jax[torch]'`.") from error
+        raise UserError("writing a .ckpt needs PyTorch: run `pip install -e '.[torch]'`.") from error
     path = Path(path).expanduser().absolute()
     if path.exists():
         raise UserError(f"{path} exists; give a new file.")

@@ -227,8 +227,8 @@ def heldout_batches(
     rows = open_rows(store, length, packing)
     if not len(rows):
         raise UserError(
-            f"{folder} has {store.tokens:,} held-out tokens, too few for one row of length {length}; lower the length, "
-            "or give more text."
+            f"{folder} has {store.tokens:,} held-out tokens, too few for one row of length {length}; give more "
+            "text, pad short rows with config.data.packing=padded, or train with a shorter config.model.length."
         )
     if max_batches is not None and max_batches < 1:
         raise UserError(f"A limit of {max_batches} batches is too small; use 1 or more, or None for the whole split.")
@@ -263,7 +263,13 @@ def unigram_counts(
     chunks = np.array_split(indices, max(1, len(indices) // 1024))
     for chunk in progress.passing(chunks, len(chunks), "counting tokens", unit=" chunks of rows", show=verbose):
         batch = rows.take(chunk)
-        counts += np.bincount(batch["tokens"][batch["mask"] > 0], minlength=len(counts))
+        tokens = batch["tokens"][batch["mask"] > 0]
+        if tokens.size and tokens.max() >= len(counts):
+            raise UserError(
+                f"The token shards in {folder} are damaged: they hold the id {tokens.max()}, and there are {len(counts)}; "
+                "remove the folder to prepare the data again."
+            )
+        counts += np.bincount(tokens, minlength=len(counts))
     return counts
 
 

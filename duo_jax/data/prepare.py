@@ -171,8 +171,8 @@ def _check(folder: Path, data: Any) -> None:
         return  # the text is gone, and no longer needed
     if identity != metadata["source"]["identity"]:
         raise UserError(
-            f"The text of {data.source} has changed since {folder} was made from it; remove the folder to prepare it "
-            "again, or set another config.data.dir."
+            f"The text of config.data.source={data.source} has changed since {folder} was made from it; set another "
+            "config.data.dir, or remove the folder to prepare it again: runs made from it then cannot go on."
         )
 
 

@@ -156,7 +156,7 @@ def sampled(
     result = api.sample(
         params,
         batch_size=args.num,
-        rows_at_once=args.rows_at_once,
+        rows_at_once=min(args.rows_at_once, args.num),
         each=lambda batch: bar.update(len(batch.tokens) * case["n_steps"]),
         psi=case["psi"] or None,
         **{name: case[name] for name in names},
@@ -178,7 +178,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     args.out.mkdir(parents=True, exist_ok=True)
 
     def keep(case: dict[str, Any], quality: generative.Quality, texts: list[str], calls: int) -> None:
-        entries[key_of(case)] = {"case": case, "network_calls": calls, **dataclasses.asdict(quality)}
+        entries[key_of(case)] = {
+            "case": case, "texts": len(texts), "network_calls": calls, **dataclasses.asdict(quality),
+        }  # fmt: skip
         with (args.out / "texts.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"case": case, "text": text}, ensure_ascii=False) + "\n" for text in texts)
         temporary = path.with_suffix(".tmp")
@@ -186,7 +188,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         temporary.replace(path)
 
     fixed = {"num": args.num, "judge": judge.name, "protocol": args.protocol}
-    wanted = [{"model": name, **text_set.about, **fixed} for name, text_set in text_sets.items()]
+    wanted = [{"model": name, **fixed, **text_set.about} for name, text_set in text_sets.items()]
     wanted += map(dataclasses.asdict, cases(args, models, judge.name))
     missing = [case for case in wanted if key_of(case) not in entries]
     with progress.bar(total=sum(map(work, missing)), unit=" passes") as bar:
@@ -247,12 +249,14 @@ def table(rows: Sequence[dict[str, Any]], judge: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def provenance(args: argparse.Namespace) -> str:
-    """Returns what the table's columns do not say."""
+def provenance(args: argparse.Namespace, measured: Sequence[dict[str, Any]] = ()) -> str:
+    """Returns what the table's columns do not say about the entries of `quality.json`."""
     seeds = f"± is the standard deviation over {len(args.seeds)} seeds" if len(args.seeds) > 1 else "one seed"
     length = f" of {args.length} tokens" if args.length else ""
     sampled = f", top_p {args.top_p:g}, temperature {args.temperature:g}; {seeds}" if args.models else ""
     sentences = [f"{args.num} texts{length} a set{sampled}."]
+    counts = {row["case"]["model"]: row.get("texts", row["case"]["num"]) for row in measured}
+    sentences += [f"Of {name} there are only {n}." for name, n in counts.items() if n < args.num]
     sentences += [f"The texts of {name} are those of {file}." for name, file in args.texts.items()]
     if args.heldout == NONE:
         sentences.append("There is no held-out text to compare with.")
@@ -267,7 +271,7 @@ def report(args: argparse.Namespace) -> None:
     rows, judge = averaged(measured), measured[0]["case"]["judge"]
     if args.protocol != generative.OURS:
         judge += f", {args.protocol} protocol"
-    text = f"{table(rows, judge)}\n{provenance(args)}\n"
+    text = f"{table(rows, judge)}\n{provenance(args, measured)}\n"
     (args.out / "quality.md").write_text(text, encoding="utf-8")
     levels = {row["model"]: (row["ppl"][0], row["entropy"][0]) for row in rows if not row["n_steps"]}
     curves: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}

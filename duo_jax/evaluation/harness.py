@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from duo_jax import cli, progress
-from duo_jax.errors import UserError
+from duo_jax.errors import UserError, first_line
 from duo_jax.files import check_folder
 
 # The parts of the harness's results that are kept; the rest describes the machine.
@@ -29,15 +29,21 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"the harness knows no task {unknown[0]!r}; `lm-eval ls tasks` lists its own.")
     params = api.load(args.model, ema=args.ema)
     model = Model(params, n_samples=args.n_samples, n_steps=args.n_steps, seed=args.seed)
-    found = simple_evaluate(
-        model,
-        tasks=args.tasks,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        task_manager=tasks,
-        log_samples=False,
-        bootstrap_iters=1_000,
-    )
+    try:
+        found = simple_evaluate(
+            model,
+            tasks=args.tasks,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            task_manager=tasks,
+            log_samples=False,
+            bootstrap_iters=1_000,
+        )
+    except (OSError, ConnectionError) as error:  # as the hub's are, where it cannot be reached
+        raise UserError(
+            f"the data of {', '.join(args.tasks)} cannot be read: {first_line(error)}; without a network, name tasks with "
+            "local files by --include_path."
+        ) from error
     settings = {"model": str(args.model), "ema": args.ema, "n_samples": args.n_samples, "n_steps": args.n_steps}
     return found | {"settings": settings | {"seed": args.seed, "limit": args.limit}}
 

@@ -21,7 +21,7 @@ try:
     from lm_eval.tasks import TaskManager as TaskManager
     from lm_eval.utils import make_table as make_table
 except ImportError as error:
-    raise UserError(f"the harness needs lm_eval ({error}); install it: pip install 'duo_jax[harness]'.") from error
+    raise UserError(f"the harness needs lm_eval ({error}); install it: pip install -e '.[harness]'.") from error
 
 # Token ids, BOS first, and where the scored part of them begins.
 Row = tuple[list[int], int]

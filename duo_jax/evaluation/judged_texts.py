@@ -172,7 +172,7 @@ def already_written(args: argparse.Namespace, models: dict[str, Model]) -> dict[
     for name, file in args.texts.items():
         path = Path(file).expanduser()
         found = written(path, models, args.num)
-        about = {"checkpoint": identity(path), "length": found[0].shape[1]}
+        about = {"checkpoint": identity(path), "length": found[0].shape[1], "num": len(found[0])}
         text_sets[name] = TextSet(about, lambda found=found: found)
     return text_sets
 

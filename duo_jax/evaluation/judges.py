@@ -138,7 +138,7 @@ def _from_gguf(path: Path) -> Judge:
     try:
         import gguf
     except ImportError as error:
-        raise UserError("reading a judge from GGUF needs the package gguf: pip install 'duo_jax[judge]'") from error
+        raise UserError("reading a judge from GGUF needs the package gguf: pip install -e '.[judge]'") from error
     try:
         reader = gguf.GGUFReader(path)
         field = {key: value.contents() for key, value in reader.fields.items()}

@@ -21,6 +21,7 @@ from duo_jax.sampling import networks
 
 # The same noise at every evaluation of every run, so that two figures differ by their networks alone.
 _NOISE_SEED = 20_250_615
+_FEWEST_BATCHES = 4  # that a standard error is estimated from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Likelihood:
     Attributes:
         nll: nats per token.
         tokens: how many were averaged over.
-        stderr: standard error of `nll`, from differences between batches in text and noise; NaN for one batch.
+        stderr: standard error of `nll`, from differences between batches in text and noise; NaN for fewer than 4 batches,
+            of which it would be too rough an estimate.
         noise: standard error from the noise alone, from differences between the draws of each batch; NaN for one draw.
     """
 
@@ -181,7 +183,7 @@ def _mean(nats: np.ndarray, tokens: np.ndarray) -> Likelihood:
     of_batches = nats.mean(axis=1)
     nll = of_batches.sum() / total
     stderr = noise = math.nan
-    if n > 1:
+    if n >= _FEWEST_BATCHES:
         stderr = math.sqrt(n / (n - 1) * np.square(of_batches - nll * tokens).sum()) / total
     if draws > 1:
         noise = math.sqrt(nats.var(axis=1, ddof=1).sum() / draws) / total

@@ -31,7 +31,9 @@ def perplexity(
     figure = Figure(figsize=(8, 4.5), dpi=120)
     axes = figure.subplots()
     if train:
-        axes.plot(*zip(*train, strict=True), color="0.75", linewidth=1, label="exp(training loss)")
+        axes.plot(
+            *zip(*train, strict=True), color="0.75", linewidth=1, label="exp(training loss), of the objective then"
+        )
     if heldout:
         axes.plot(*zip(*heldout, strict=True), "o-", color="C0", markersize=4, label="held-out (EMA)")
         step, ppl = heldout[-1]

@@ -351,10 +351,14 @@ def walk(
         trajectory: whether to keep the tokens of every step.
 
     Raises:
-        UserError: an invalid setting.
+        UserError: an invalid setting, or a denoiser whose result has another shape.
     """
     if process == "autoregressive":
         raise UserError("an autoregressive process has no denoiser; sample its network with duo_jax.sample.")
+    if not all(callable(getattr(schedule, name, None)) for name in ("alpha", "dalpha", "inverse")):
+        raise UserError(f"schedule is {schedule!r}; give one of duo_jax.diffusion.schedules, such as log_linear().")
+    if len(shape) != 2 or min(shape) < 1:
+        raise UserError(f"shape is {shape}; give (B, L), both at least 1.")
     check_temperature(temperature)
     check_guidance(guidance)
     if unconditional_fn is None and (isinstance(guidance, jax.core.Tracer) or guidance != 1):
@@ -382,6 +386,9 @@ def walk(
     ) -> Any:
         del needs_prediction  # the logits of all tokens are computed
         logits = tuple(function(z, sigma) for function, z in zip(functions, states, strict=True))
+        for values in logits:
+            if values.shape != (*shape, vocab_size):
+                raise UserError(f"the denoiser returns {values.shape}; (B, L, K) is {(*shape, vocab_size)}.")
         return visitor(logits, *per_token)
 
     if (tokens is None) != (held is None):

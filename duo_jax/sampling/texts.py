@@ -82,9 +82,9 @@ def sample(
 ) -> Texts:
     """Returns texts of the shape of `known`; one compiled program samples all batches and strides.
 
-    A batch has `rows_at_once` rows (all if None), rounded up to a multiple of the devices. Texts longer than the network's
-    length are sampled in windows: each begins with BOS and the end of the text so far, and adds `stride` tokens (half the
-    network's length if None).
+    A batch has `rows_at_once` rows (as many as there are if None), rounded up to a multiple of the devices. Texts longer
+    than the network's length are sampled in windows: each begins with BOS and the end of the text so far, and adds `stride`
+    tokens (half the network's length if None).
 
     Args:
         weights: the network's parameters; with a `mesh`, already on it.
@@ -116,7 +116,7 @@ def sample(
         if mesh.size > 1:
             weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    size = -(-min(rows_at_once or rows, rows) // mesh.size) * mesh.size
+    size = -(-(rows_at_once or rows) // mesh.size) * mesh.size
 
     def put(part: Known) -> engine.Given:
         # The last batch is padded with copies of its last row, so that the same program runs it.

@@ -78,7 +78,7 @@ def _readable(folder: Path) -> Iterator[None]:
                 f"{folder} cannot be read: {reason}; put that right, and run the same command again."
             ) from error
         raise UserError(
-            f"{folder} is damaged ({reason}); remove it, and the checkpoint before it will be used."
+            f"{folder} is damaged ({reason}); remove it: the checkpoint before it is then used, if there is one."
         ) from error
 
 

@@ -154,6 +154,8 @@ class _Steps:
         # A run may have been stopped between a checkpoint and the evaluation that was due with it.
         if start and self._report(start, again=False):
             return True
+        if start >= total:
+            return False
         stopped = False
         with progress.bar(
             total=total, initial=start, desc="training", unit=" steps", disable=not run.primary
@@ -161,9 +163,12 @@ class _Steps:
             for step in range(start + 1, total + 1):
                 batch = partition.put(next(run.batches), run.mesh)
                 if step == start + 1:
+                    self._bar.set_description("compiling")
                     # Compiled here once; a batch of another shape then raises, rather than compile again.
                     step_fn = jitted.lower(self.state, batch).compile()
                     cli.release_memory()
+                    self._bar.set_description("training")
+                    self._bar.unpause()  # the rate counts from here
                     meter.restart_clock()
                 with jax.transfer_guard("disallow"):
                     self.state, metrics = step_fn(self.state, batch)

@@ -183,6 +183,7 @@ class Run:
         mesh = partition.create_mesh(config.mesh)
         partition.check_batch(mesh, "train.batch_size", config.train.batch_size, config.train.accumulate)
         partition.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+        Network.from_config(config, vocab_size=2)  # wrong sizes show now
         place = workdir_lib.check(workdir)
         # Read now, so that a typing mistake shows before the data are prepared.
         initial = _starting_point(config) if config.init_from and not checkpoint.steps(place) else None
@@ -236,7 +237,8 @@ class Run:
             )
         if different := config_lib.changed(record["config"], self.config):
             raise UserError(
-                f"{where} is of another run: {'; '.join(different)}. Set it back, or use another --workdir."
+                f"{where} is of another run: {'; '.join(different)}. Set it back, or use another --workdir "
+                f"(with --config.init_from={self.workdir} and its tokenizer to start from these weights)."
             )
 
     def start_from(self) -> Weights | None:
@@ -277,6 +279,11 @@ class Run:
         for path in (self.workdir / workdir_lib.SAMPLES).glob("*.txt"):
             if path.stem.isdigit() and int(path.stem) > step:
                 path.unlink()  # these steps will be taken again; their metrics were dropped above
+        if step >= config.train.steps:
+            self.say(
+                f"No steps are left: the run is at step {step:,}, and config.train.steps is {config.train.steps:,}."
+            )
+            return
         devices = self.mesh.devices.flatten()
         self.say(
             f"Training {net.algo}, {network_lib.count(params) / 1e6:.2f}M parameters (D = {net.dim}, {net.blocks} blocks, "

@@ -17,8 +17,9 @@ import duo_jax
 from duo_jax import convert
 from duo_jax.config import ALGORITHMS
 from duo_jax.convert import __main__ as door
-from duo_jax.convert import infer, pickled
+from duo_jax.convert import card, infer, pickled
 from duo_jax.data import tokenizers
+from duo_jax.models import network as network_lib
 from duo_jax.training import checkpoint, loop
 
 
@@ -146,6 +147,14 @@ def test_an_exported_folder_tells_the_hubs_readers_what_it_tells_us(tmp_path, pa
     assert "training steps" not in (tmp_path / "unknown" / "README.md").read_text()
 
 
+def test_every_algorithm_has_a_card_also_a_new_one(params, monkeypatch):
+    for algo in ALGORITHMS:
+        assert "language model trained with" not in card.text(dataclasses.replace(params.network, algo=algo), "x", 0)
+    monkeypatch.setitem(network_lib.PROCESS_OF, "mine", "absorbing")
+    told = card.text(dataclasses.replace(params.network, algo="mine"), "x", 0)
+    assert "This is an absorbing language model trained with mine, in [duo_jax]" in told
+
+
 def test_training_starts_from_a_converted_folder(tmp_path, text_folder, params):
     duo_jax.export(params, tmp_path / "out")
     assert checkpoint.read(tmp_path / "out")[1] == {}
@@ -205,5 +214,5 @@ def test_what_pytorch_is_given_to_write(tmp_path, params, asked, monkeypatch):
 
 def test_a_ckpt_without_pytorch_is_refused(tmp_path, params, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(duo_jax.UserError, match=r"needs PyTorch: run `pip install 'duo_jax\[torch\]'`"):
+    with pytest.raises(duo_jax.UserError, match=r"needs PyTorch: run `pip install -e '\.\[torch\]'`"):
         duo_jax.export(params, tmp_path / "out.ckpt")

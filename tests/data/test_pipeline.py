@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -283,3 +284,13 @@ def test_unigram_counts_are_of_the_rows_that_training_sees(folder, packing_name,
     assert counts[0] == len(rows)
     sampled = pipeline.unigram_counts(folder, LENGTH, packing_name, max_rows=50)
     assert 40 < sampled[0] <= 50
+
+
+def test_an_id_that_no_tokenizer_has_is_told(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shard = next(copy.glob("train-*.tokens"))
+    content = bytearray(shard.read_bytes())
+    content[-200:] = b"\xfe" * 200
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="are damaged: they hold the id 65278, and there are 300; remove the folder"):
+        pipeline.unigram_counts(copy, LENGTH)

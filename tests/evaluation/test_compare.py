@@ -137,7 +137,7 @@ def test_from_the_command_line(run, tmp_path):
     twice = subprocess.run([*command, "--runs", "a=x", "--runs", "a=y"], capture_output=True, text=True)
     assert twice.returncode == 2
     assert twice.stderr.splitlines() == [
-        "error: two --runs have one name; name them apart, as in --runs before=... --runs after=...."
+        "error: two --runs have the same name; rename one, as in --runs before=... --runs after=...."
     ]
     done = subprocess.run([*command, "--runs", run("a", [(1, 3.0, 80)])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

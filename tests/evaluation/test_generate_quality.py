@@ -171,8 +171,8 @@ def test_a_sampler_that_does_not_fit_is_told_first(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--models=a/run", "--models=b/run"], "two --models have one name"),
-        (["--models=x=a", "--models=x=b"], "two --models have one name"),
+        (["--models=a/run", "--models=b/run"], "two --models have the same name"),
+        (["--models=x=a", "--models=x=b"], "two --models have the same name"),
         (["--models=x={trained}", "--steps=0"], "--steps: 0 is not allowed; it must be at least 1"),
         (["--models=x={trained}", "--num=0"], "--num: 0 is not allowed; it must be at least 1"),
         (["--models=x={trained}", "--rows_at_once=0"], "--rows_at_once: 0 is not allowed; it must be at least 1"),
@@ -192,14 +192,14 @@ def test_a_sampler_that_does_not_fit_is_told_first(
         (["--models=x={trained}", "--heldout={out}/nowhere"], "nowhere; set --heldout to a file or folder"),
         (["--models=x={trained}", "--heldout="], "--heldout is empty"),
         (["--models=x={trained}", "--heldout={out}"], "holds no text; it needs files that end in"),
-        (["--texts=x=a", "--texts=x=b"], "two --texts have one name"),
+        (["--texts=x=a", "--texts=x=b"], "two --texts have the same name"),
         (["--models=x=a", "--texts=x=b"], "--models and --texts both have x"),
         (["--texts=x={out}/nowhere", "--heldout=none"], "nowhere is not a samples.jsonl as mode=sample writes it"),
         (["--models=held-out text={trained}"], "the name of the text to compare with"),
         (["--models=x={trained}", "--protocol=theirs"], "--protocol: invalid choice: 'theirs' (choose from "),
         (["--models=x={out}/nowhere"], "nowhere does not exist"),
         (["--models=x={out}"], "holds no checkpoint"),
-        (["--models=x={judge}"], "is no Duo, MDLM, SEDD or AR state dict"),
+        (["--models=x={judge}"], "is not a state dict of Duo, MDLM, SEDD or AR"),
         (
             ["--models=x={trained}", "--noise_removal=gready"],
             "'gready' is unknown; choose from ancestral, greedy, none",

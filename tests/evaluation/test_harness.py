@@ -147,7 +147,7 @@ def test_a_task_from_the_command_line(tmp_path, monkeypatch):
 def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "duo_jax.evaluation.harness_model")
-    with pytest.raises(duo_jax.UserError, match=r"pip install 'duo_jax\[harness\]'"):
+    with pytest.raises(duo_jax.UserError, match=r"pip install -e '\.\[harness\]'"):
         importlib.import_module("duo_jax.evaluation.harness_model")
 
 

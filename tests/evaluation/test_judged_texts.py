@@ -158,6 +158,8 @@ def test_texts_that_are_there_are_judged_as_they_are(samples, trained, judge, tm
         real, old = json.loads((out / "quality.json").read_text())[1:]
         assert (real["case"]["model"], real["case"]["length"]) == ("held-out text", 24)
         assert real["judged"] > 0
+        assert old["texts"] == old["case"]["num"] == 3
+        assert "4 texts a set. Of old there are only 3. The texts" in (out / "quality.md").read_text()
         known = (out / "quality.json").read_bytes()
         door(*flags, "--num=4", f"--heldout={text}")
         assert (out / "quality.json").read_bytes() == known
@@ -167,7 +169,7 @@ def test_texts_that_are_there_are_judged_as_they_are(samples, trained, judge, tm
     )
     names = [line.split(" | ")[0] for line in (out / "quality.md").read_text().splitlines()[2:5]]
     assert names == ["| held-out text", "| old", "| duo"]
-    rows = {row["case"]["model"]: row for row in json.loads((out / "quality.json").read_text())[3:]}
+    rows = {row["case"]["model"]: row for row in json.loads((out / "quality.json").read_text())[2:]}
     assert rows["old"]["ppl"] == pytest.approx(rows["duo"]["ppl"], rel=1e-6), "the file holds the very texts"
     assert (out / "quality.png").exists()
 

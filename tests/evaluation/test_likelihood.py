@@ -28,7 +28,9 @@ def test_the_standard_error_is_that_of_leaving_batches_out():
     assert got.nll == pytest.approx(nats.sum() / tokens.sum())
     assert got.stderr == pytest.approx(jackknife, rel=0.02)
     assert got.figures()["stderr"] == got.stderr
-    assert "stderr" not in likelihood._mean(nats[:1, None], tokens[:1]).figures()
+    for n in (1, 3):
+        assert "stderr" not in likelihood._mean(nats[:n, None], tokens[:n]).figures()
+    assert "stderr" in likelihood._mean(nats[:4, None], tokens[:4]).figures()
 
 
 def test_the_noise_is_how_much_other_draws_would_change_the_mean():

@@ -203,12 +203,16 @@ def test_guided_posteriors_equal_the_references(golden, weight, top_p):
         ({"score": True}, "are for the absorbing process"),
         ({"temperature": np.inf}, "a finite number of at least 0.001"),
         ({"n_steps": 1.5}, "n_steps is 1.5; it must be a whole number"),
+        ({"schedule": "log_linear"}, "schedule is 'log_linear'; give one of duo_jax.diffusion.schedules"),
+        ({}, r"the denoiser returns \(1, 1\); \(B, L, K\) is \(1, 1, 3\)"),
+        ({"shape": (5,)}, r"shape is \(5,\); give \(B, L\)"),
+        ({"shape": (0, 1)}, r"shape is \(0, 1\); give \(B, L\), both at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(kwargs, message):
-    settings = {"n_steps": 2, "schedule": schedules.log_linear()} | kwargs
+    settings = {"n_steps": 2, "schedule": schedules.log_linear(), "shape": (1, 1)} | kwargs
     with pytest.raises(UserError, match=message) as error:
-        sampling.generate(lambda z, s: z, jax.random.key(0), (1, 1), 3, **settings)
+        sampling.generate(lambda z, s: z, jax.random.key(0), vocab_size=3, **settings)
     assert "\n" not in str(error.value)
 
 

@@ -149,7 +149,9 @@ def test_a_finished_run_reports_again_and_changes_nothing(trained, text_folder, 
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     loop.train(make_config(trained_settings(text_folder)), str(copy))
-    assert "Done: 20 steps, 0 of them now" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "No steps are left: the run is at step 20, and config.train.steps is 20." in out
+    assert "Done: 20 steps, 0 of them now" in out
     assert_same_state(trained, copy, 20)
     assert (copy / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
 
@@ -288,6 +290,21 @@ def test_training_from_python_in_a_thread_with_a_writer_and_in_parts(text_folder
         duo_jax.train({}, tmp_path)
     with pytest.raises(UserError, match="workdir is None"):
         duo_jax.train(make_config(tiny_settings(text_folder)), None)
+    with pytest.raises(UserError, match=r"config\.mode is 'eval', and duo_jax\.train trains"):
+        duo_jax.train(make_config({**tiny_settings(text_folder), "mode": "eval"}), tmp_path)
+    for wrong, message in ((memory, "give a list of writers"), ([object()], r"has no write_scalars\(\)")):
+        with pytest.raises(UserError, match=message):
+            duo_jax.train(config, tmp_path, writers=wrong)
+
+
+def test_a_wrong_size_shows_before_the_data_are_prepared(tmp_path, text_folder, monkeypatch):
+    monkeypatch.setattr(prepare, "prepare", lambda *_: pytest.fail("nothing is prepared"))
+    for wrong, message in (
+        ({"model.size": "huge"}, "model.size is 'huge'"),
+        ({"model.heads": 3}, "must be a multiple of twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            loop.train(make_config({**tiny_settings(text_folder), **wrong}), str(tmp_path))
 
 
 def test_what_is_measured_on_the_way_is_the_average(text_folder, tmp_path):
