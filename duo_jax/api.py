@@ -1,4 +1,4 @@
-"""The Python interface: load, train and export a network, sample from it, score a text."""
+"""The Python interface: load, train and export a network, sample from it, score a text, evaluate on many."""
 
 from __future__ import annotations
 
@@ -469,3 +469,49 @@ def score(
     estimates /= count
     stderr = float(estimates.std(ddof=1) / math.sqrt(n_samples)) if n_samples > 1 else math.nan
     return Score(float(estimates.mean()), stderr, count)
+
+
+def evaluate(
+    params: Params,
+    path: str | Path,
+    *,
+    field: str = "text",
+    detokenizer: str = "none",
+    document_ends: bool = True,
+    packing: str = "packed",
+    batch_size: int = 16,
+    draws: int = 1,
+    progress: bool = False,
+) -> likelihood.Likelihood:
+    """Returns how well a network predicts a text: `.nll` in nats per token, `.stderr`, `.bpd`, `.ppl`, `.tokens`.
+
+    What `--config.mode=eval --config.eval.path=PATH` measures, with the same draws of noise; docs/evaluation.md tells what
+    the figures mean and what they are comparable with. `score` is for single texts.
+
+    Args:
+        params: what `load` returned.
+        path: a file or folder of `.txt`, `.jsonl` and `.parquet`.
+        field: what the rows of the last two call their text.
+        detokenizer: undoes what the makers of a set did to its text, such as `wikitext`; see `data.detokenizers`.
+        document_ends: whether an EOS follows each document, as in training.
+        packing: `packed`, rows that hold several documents, or `padded`, rows of one document.
+        batch_size: rows evaluated together.
+        draws: the number of draws of times and noise for each row.
+        progress: whether to show progress bars.
+
+    Raises:
+        UserError: an invalid setting, no text, or too little of it for one row.
+    """
+    from duo_jax.data import pipeline, text_sets
+
+    network = _network_of(params)
+    batch_size, draws = _whole("batch_size", batch_size), _whole("draws", draws)
+    if batch_size < 1 or draws < 1:
+        raise UserError(f"batch_size is {batch_size} and draws {draws}; both must be at least 1.")
+    if not isinstance(path, str | Path):
+        raise UserError(f"path is {path!r}; give a text file or folder.")
+    about = ConfigDict({"path": str(path), "field": field, "detokenizer": detokenizer, "document_ends": document_ends})
+    text = text_sets.read(about, tokenizer_of(params.tokenizer), verbose=progress)
+    batches = pipeline.heldout_batches(text, length=network.length, batch_size=batch_size, packing=packing)
+    shown = progress_lib.passing(batches, len(batches), "evaluating", unit=" batches", show=progress)
+    return likelihood.evaluate(params.weights, network, shown, draws=draws)

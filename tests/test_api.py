@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from helpers import command, run, trained_settings
+from helpers import command, make_config, run, trained_settings
 
 import duo_jax
-from duo_jax import sampling
+from duo_jax import modes, sampling
 from duo_jax.evaluation import likelihood, rows
 from duo_jax.training import run as run_lib
 
@@ -370,3 +370,25 @@ def test_more_draws_of_noise_make_a_bound_surer(params):
     assert f"± {often.stderr:.4f} nats/token, {often.noise:.4f} by the noise" in run_lib.describe(
         often, {"uniform": 300.0}
     )
+
+
+def test_evaluate_measures_what_the_command_does(trained, params, text_folder, tmp_path, monkeypatch):
+    copied = shutil.copytree(trained, tmp_path / "run")
+    wanted = {"mode": "eval", "eval.path": str(text_folder / "text.jsonl"), "eval.draws": 2, "eval.batch_size": 16}
+    modes.run(make_config({**trained_settings(text_folder), **wanted}), str(copied))
+    told = json.loads((copied / "zero_shot.jsonl").read_text())
+    found = duo_jax.evaluate(params, text_folder / "text.jsonl", draws=2)
+    assert found.figures() == pytest.approx({name: told[name] for name in found.figures()}, rel=1e-6)
+    padded = duo_jax.evaluate(params, text_folder / "text.jsonl", packing="padded", document_ends=True)
+    assert padded.tokens != found.tokens
+    for wrong, message in (
+        ({"path": tmp_path / "nothing"}, "does not exist|nothing"),
+        ({"path": None}, "path is None; give a text file"),
+        ({"draws": 0}, "draws 0; both must be at least 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5; it must be a whole number"),
+        ({"detokenizer": "x"}, "x"),
+        ({"packing": "x"}, "x"),
+        ({"params": "quickstart"}, r"give what duo_jax\.load returns"),
+    ):
+        with pytest.raises(duo_jax.UserError, match=message):
+            duo_jax.evaluate(**{"params": params, "path": text_folder / "text.jsonl"} | wrong)
