@@ -297,6 +297,28 @@ def test_training_from_python_in_a_thread_with_a_writer_and_in_parts(text_folder
             duo_jax.train(config, tmp_path, writers=wrong)
 
 
+@pytest.mark.parametrize("name", ["train.batch_size", "eval.batch_size"])
+def test_batches_that_do_not_divide_show_before_the_data_are_prepared(tmp_path, text_folder, monkeypatch, name):
+    def check(mesh, checked, batch_size, parts=1):
+        if checked == name:
+            raise UserError(f"{name} is {batch_size}")
+
+    monkeypatch.setattr(run_lib.partition, "check_batch", check)
+    monkeypatch.setattr(prepare, "prepare", lambda *_: pytest.fail("nothing is prepared"))
+    with pytest.raises(UserError, match=f"{name} is 24"):
+        loop.train(make_config({**tiny_settings(text_folder), name: 24}), str(tmp_path))
+
+
+def test_another_seed_is_another_order_of_the_data(trained, text_folder, tmp_path):
+    batches = []
+    for seed in (1, 1, 2):
+        config = make_config({**trained_settings(text_folder), "seed": seed})
+        with loop.Run.open(config, str(tmp_path / str(len(batches)))) as run_:
+            batches.append(next(run_.batches)["tokens"])
+    assert np.array_equal(batches[0], batches[1])
+    assert not np.array_equal(batches[0], batches[2])
+
+
 def test_a_wrong_size_shows_before_the_data_are_prepared(tmp_path, text_folder, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", lambda *_: pytest.fail("nothing is prepared"))
     for wrong, message in (
