@@ -191,6 +191,45 @@ def test_texts_that_cannot_be_sampled_are_refused_before_training(text_folder, t
         loop.train(make_config({**settings, "sample.length": 20}), str(tmp_path))
 
 
+def test_how_an_autoregressive_run_samples(text_folder, tmp_path):
+    settings = {**tiny_settings(text_folder), "algo.name": "ar"}
+    with pytest.raises(UserError, match=r"config\.sample\.length is 1, .* set it to 2 or more"):
+        loop.train(make_config({**settings, "sample.length": 1}), str(tmp_path))
+    with pytest.raises(UserError, match="infill holds tokens after a gap"):
+        loop.train(make_config({**settings, "sample.infill": "The ___"}), str(tmp_path))
+    for prompt in ("", "The"):
+        with loop.Run.open(make_config({**settings, "sample.prompt": prompt}), str(tmp_path)) as run_:
+            tokens, held = run_.sampler()[1]
+        assert tokens[held].tolist() == [run_.tokenizer.bos_id, *run_.tokenizer.encode(prompt)] * len(tokens)
+
+
+def test_all_that_is_asked_reaches_the_sampler_of_a_run(text_folder, tmp_path, monkeypatch):
+    asked = {"sample.top_p": 0.9, "sample.temperature": 0.7, "sample.seed": 5, "sample.stride": 8, "sample.length": 50}
+    seen = []
+
+    def sample(ema, network, settings, key, known, **others):
+        seen.append((settings.nucleus, jax.random.key_data(key).tolist(), known[0].shape[1], others))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_lib.sampling.texts, "sample", sample)
+    config = make_config({**tiny_settings(text_folder), **asked})
+    with loop.Run.open(config, str(tmp_path)) as run_, pytest.raises(KeyboardInterrupt):
+        run_.sample(1, {})
+    ((nucleus, key, length, others),) = seen
+    assert (nucleus, key, length) == (True, jax.random.key_data(jax.random.key(5)).tolist(), 50)
+    assert (others["knobs"].top_p, others["knobs"].temperature, others["stride"]) == (0.9, 0.7, 8)
+    assert others["bos_id"] == run_.tokenizer.bos_id
+
+
+def test_the_end_of_a_curriculum_is_marked_where_there_is_one(text_folder, tmp_path, monkeypatch):
+    marks = []
+    monkeypatch.setattr(plots, "perplexity", lambda *args: marks.append(args[-1]))
+    for name in ("duo", "mdlm"):
+        settings = {**tiny_settings(text_folder), "algo.name": name, "algo.curriculum.end": 1, "train.steps": 2}
+        loop.train(make_config({**settings, "eval.every": 0, "sample.every": 0}), str(tmp_path / name))
+    assert marks == [{"end of the curriculum": 1}, {}]
+
+
 def test_what_takes_long_is_shown(trained, text_folder, tmp_path, monkeypatch):
     shown, passing = [], progress.passing
     monkeypatch.setattr(progress, "passing", lambda *args, **kwargs: shown.append(args[2]) or passing(*args, **kwargs))
