@@ -32,7 +32,7 @@ def perplexity(
     axes = figure.subplots()
     if train:
         axes.plot(
-            *zip(*train, strict=True), color="0.75", linewidth=1, label="exp(training loss), of the objective then"
+            *zip(*train, strict=True), color="0.75", linewidth=1, label="exp(training loss) of that step's objective"
         )
     if heldout:
         axes.plot(*zip(*heldout, strict=True), "o-", color="C0", markersize=4, label="held-out (EMA)")
