@@ -3,8 +3,8 @@
     bash launch/quickstart.sh
     python -m duo_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: two CPU cores, five minutes in all. Score to expect: held-out PPL 23 to 24 (NLL 3.13 to 3.18 nats/token, BPD 4.5 to 4.6) after
-2,000 steps, against 67.8 for token frequencies alone.
+Hardware: two CPU cores, five minutes in all. Score to expect: held-out PPL 23 to 24 (NLL 3.13 to 3.18 nats/token, BPD
+4.5 to 4.6) after 2,000 steps, against 67.8 for token frequencies alone.
 """
 
 from ml_collections import ConfigDict
