@@ -10,7 +10,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,75 +24,13 @@ from duo_jax.errors import UserError
 from duo_jax.evaluation import likelihood
 from duo_jax.evaluation import rows as rows_lib
 from duo_jax.models.network import Network, Params
+from duo_jax.results import Samples, Score
 from duo_jax.training import checkpoint
 
 # What a writer of `train` must have.
 _WRITER = ("write_scalars", "write_texts", "write_hparams", "flush", "close")
-_SHOWN = 60  # characters of each text that `repr` shows
 # How many texts one call of the sampler writes at once on each device, by default.
 _ROWS_PER_DEVICE = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """What `sample` returns.
-
-    Attributes:
-        tokens: int32 `[B, L]`.
-        text: the decoded rows, special tokens left out.
-        entropy: `[B]`, each row's unigram entropy in nats; low means that it repeats itself.
-        network_calls: how often the network was evaluated for a batch; the most, where batches differ. Guidance evaluates
-            it twice per step; an autoregressive network reads one position per call.
-        trajectory: int32 `[n, B, L]`, the tokens after every step, if asked for.
-    """
-
-    tokens: np.ndarray
-    text: list[str]
-    entropy: np.ndarray
-    network_calls: int
-    trajectory: np.ndarray | None = None
-
-    def __repr__(self) -> str:
-        """The texts' beginnings, as a notebook shows them, without the arrays."""
-        beginnings = [text if len(text) <= _SHOWN else text[:_SHOWN] + "..." for text in self.text[:4]]
-        more = ", ..." if len(self.text) > len(beginnings) else ""
-        shown = ", ".join(map(repr, beginnings)) + more
-        rows, length = self.tokens.shape
-        return (
-            f"Samples({rows} texts of {length} tokens, entropy {self.entropy.mean():.2f}, "
-            f"{self.network_calls} network calls: [{shown}])"
-        )
-
-
-class _Estimate(NamedTuple):
-    nll: float
-    stderr: float
-
-
-class Score(_Estimate):
-    """What `score` returns: the pair (nll, stderr), with the number of tokens as an attribute.
-
-    Attributes:
-        nll: nats per token, an upper bound estimated by Monte Carlo.
-        stderr: the standard error of that estimate.
-        tokens: how many tokens were scored, BOS and EOS included (but for the given BOS of an autoregressive network).
-    """
-
-    tokens: int = 0  # for pairs that `jax.tree.map` or `_replace` make
-
-    def __new__(cls, nll: float, stderr: float, tokens: int = 0) -> Score:
-        """Makes the pair."""
-        pair = super().__new__(cls, nll, stderr)
-        pair.tokens = tokens
-        return pair
-
-    def __float__(self) -> float:
-        """Returns nats per token."""
-        return self.nll
-
-    def __repr__(self) -> str:
-        """Shows all three values."""
-        return f"Score(nll={self.nll}, stderr={self.stderr}, tokens={self.tokens})"
 
 
 def load(

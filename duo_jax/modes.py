@@ -131,7 +131,7 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     progress.say(f"{workdir} at step {step:,}, {result.tokens:,} {what}:")
     progress.say(f"  {run_lib.describe(result, levels)}")
     report = {"step": step} | result.figures() | {f"{name}_ppl": level for name, level in levels.items()}
-    report |= {"batch_size": config.eval.batch_size, "draws": config.eval.draws}
+    report |= {"batch_size": config.eval.batch_size, "draws": config.eval.draws, "eps_t": config.algo.eps_t}
     with files.written(path):
         if config.eval.path:
             about = {key: config.eval[key] for key in ("path", "field", "detokenizer", "document_ends")}

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "duo_jax"
 
 # From the ground up; a file may import its own room and those before it.
 ROOMS = (
-    ("errors", "files", "hardware", "progress"),
+    ("errors", "files", "hardware", "progress", "results"),
     ("config", "cli"),
     ("diffusion",),
     ("models",),

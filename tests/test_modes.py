@@ -70,6 +70,15 @@ def test_an_evaluation_is_of_the_runs_own_data_unless_others_are_given(copy, tex
         modes.run(make_config({**settings, "data.path": "nowhere", "data.dir": str(copy / "none")}), str(copy))
 
 
+def test_an_evaluation_may_see_earlier_times_than_training(copy, text_folder):
+    reports = []
+    for eps_t in (1e-3, 0.5):
+        modes.run(make_config({**trained_settings(text_folder), "mode": "eval", "algo.eps_t": eps_t}), str(copy))
+        reports.append(json.loads((copy / "eval.json").read_text()))
+    assert [report["eps_t"] for report in reports] == [1e-3, 0.5]
+    assert abs(reports[0]["nll"] - reports[1]["nll"]) > 0.01
+
+
 def test_the_settings_that_a_network_was_trained_with_are_told(copy, text_folder):
     config = make_config({**trained_settings(text_folder), "mode": "sample", "model.length": 64, "model.dim": 64})
     with pytest.raises(UserError, match=r"It was trained with --config\.model\.dim=32 --config\.model\.length=32\.$"):

@@ -1,4 +1,4 @@
-"""Samplers on networks: every algorithm, prompts and gaps, strides, batches, devices, and what is compiled."""
+"""Samplers on networks: every algorithm, strides, batches, devices, and what is compiled."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,6 @@ from known_joint import FALSE_ALARM, p_value
 
 import duo_jax
 from duo_jax import modes, sampling
-from duo_jax.data import tokenizers
 from duo_jax.diffusion import absorbing, categorical
 from duo_jax.diffusion.arrays import token_keys
 from duo_jax.models.network import Network
@@ -38,11 +37,6 @@ def make(algo, vocab=40, length=LENGTH, **sizes):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     return network, jax.tree.unflatten(tree, noisy)
-
-
-@pytest.fixture(scope="module")
-def params(trained):
-    return duo_jax.load(trained)
 
 
 def of(params, algo):
@@ -152,57 +146,6 @@ def test_predictions_are_made_where_they_are_asked_for_and_the_text_is_that_of_t
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     assert len(np.unique(found.tokens[:, 2:])) > 10
     assert 0 < found.predictions / (16 * (LENGTH - 2) * plan.network_calls) < share
-
-
-def test_gaps_are_filled(params):
-    result = duo_jax.sample(params, infill="The ___ is on the ____.", batch_size=2, length=30)
-    tokenizer = duo_jax.api.tokenizer_of(params.tokenizer)
-    first, second, third = (tokenizer.encode(piece) for piece in ("The", " is on the", "."))
-    free = 30 - 2 - len(first) - len(second) - len(third)
-    gaps = free - free // 2, free // 2
-    for row in result.tokens.tolist():
-        assert row[0] == tokenizer.bos_id
-        assert row[-1] == tokenizer.eos_id
-        row = row[1:-1]
-        assert row[: len(first)] == first
-        start = len(first) + gaps[0]
-        assert row[start : start + len(second)] == second
-        assert row[-len(third) :] == third
-        assert start + len(second) + gaps[1] + len(third) == 28
-
-
-def test_a_text_may_fill_its_length_but_for_a_token_a_gap(params):
-    tokenizer = duo_jax.api.tokenizer_of(params.tokenizer)
-    ids = [tokenizer.bos_id, *tokenizer.encode("The town")]
-    tokens, held = sampling.prompts.prefix(tokenizer, "The town", len(ids))
-    assert (tokens.tolist(), held.all()) == (ids, True)
-    with pytest.raises(duo_jax.UserError, match="more than the length"):
-        sampling.prompts.prefix(tokenizer, "The town", len(ids) - 1)
-    need = 2 + sum(len(tokenizer.encode(piece)) for piece in ("The", " of", " is"))
-    for room, gaps in ((2, [1, 1]), (3, [2, 1]), (4, [2, 2])):
-        _, held = sampling.prompts.gaps(tokenizer, "The ___ of ___ is", need + room)
-        assert [len(list(free)) for is_held, free in itertools.groupby(held) if not is_held] == gaps
-    with pytest.raises(duo_jax.UserError, match="more than the length"):
-        sampling.prompts.gaps(tokenizer, "The ___ of ___ is", need + 1)
-
-
-def test_what_a_tokenizer_would_change_is_not_held(tmp_path):
-    """Of a vocabulary of two words: another becomes [UNK], and a control character nothing."""
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]) + "\n")
-    tokenizer = tokenizers.load(tmp_path / "vocab.txt")
-    assert sampling.prompts.encode(tokenizer, "The cat") == [5, 6]
-    assert sampling.prompts.encode(tokenizer, " ") == []
-    for text in ("the dog", "\x01", "the \ud800cat"):
-        with pytest.raises(duo_jax.UserError, match="cannot encode"):
-            sampling.prompts.encode(tokenizer, text)
-
-
-def test_arrays_are_filled(params):
-    tokens, mask = np.full((2, 6), 50), np.zeros((2, 6), bool)
-    mask[0, 1], mask[1, 5] = True, True
-    result = duo_jax.sample(params, infill=(tokens, mask), batch_size=2, length=20)
-    assert result.tokens[0, 1] == result.tokens[1, 5] == 50
-    assert (result.tokens == 50).sum() < 12
 
 
 def test_neither_prompt_nor_seed_nor_temperature_compiles_anew(params):
