@@ -177,7 +177,7 @@ def target(platform: str | None, device: str | None, count: int = 1) -> Iterator
 def run(config: ConfigDict, options: Any) -> dict[str, Any]:
     """Returns the environment, what was compiled, and the largest batch that fits, for each program of the flags."""
     if not options.gib or options.gib <= 0:
-        raise UserError("--gib is missing; give the memory of one device in GiB, as in --gib=15.")
+        raise UserError("--gib must be given and positive: the memory of one device in GiB, as in --gib=15.")
     if options.most < 1 or options.refine < 0:
         raise UserError(f"--most is {options.most} and --refine {options.refine}; give at least 1 and 0.")
     if options.platform and options.device:

@@ -89,8 +89,8 @@ def test_sampling_more_texts_takes_more_memory():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"gib": None}, "--gib is missing"),
-        ({"gib": -1}, "--gib is missing"),
+        ({"gib": None}, "--gib must be given and positive"),
+        ({"gib": -1}, "--gib must be given and positive"),
         ({"programs": ["eval"]}, "choose from train, sample"),
         ({"most": 0}, "--most is 0"),
         ({"refine": -1}, "--refine -1"),
