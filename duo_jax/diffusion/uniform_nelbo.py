@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from duo_jax.diffusion.arrays import (
     as_float,
+    before_sum,
     check_vocab_size,
     is_entry,
     per_token,
@@ -179,7 +180,7 @@ def _nelbo_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, 
     w = -dalpha / (vocab_size * signal)
 
     s, d = _s_and_d(_others(values, z_t, x, top), terms)
-    sum_g_over_r = jnp.sum(d * (s / (1.0 + s)), axis=-1)  # of the others
+    sum_g_over_r = jnp.sum(before_sum(d * (s / (1.0 + s))), axis=-1)  # of the others
     s, d = _s_and_d(_others(values, z_t, x, recompute_after(top, sum_g_over_r)), terms)
     g_i = -terms.sum_r_diff * (terms.s_i / (1.0 + terms.s_i))
     g_x = (1.0 + terms.c) * terms.d_x * (terms.s_x / (1.0 + terms.s_x))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from duo_jax.diffusion import categorical, distillation, uniform
-from duo_jax.diffusion.arrays import in_one_pass, in_two_passes, recompute_after, take
+from duo_jax.diffusion.arrays import before_sum, in_one_pass, in_two_passes, recompute_after, take
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -28,6 +28,15 @@ def test_what_is_recomputed_is_the_same():
     for platform, kept in (("cpu", True), ("cuda", False), ("tpu", False)):
         text = jax.jit(recompute_after).trace(x, after).lower(lowering_platforms=(platform,)).as_text()
         assert ("optimization_barrier" not in text) == kept
+
+
+def test_what_a_cpu_computes_before_a_sum_is_the_same():
+    x = jnp.asarray([0.0, 1e-45, 1.2e-38, 1.0 + 2**-23, -3e38, jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+    for kind in (jnp.float32, jnp.bfloat16):
+        np.testing.assert_array_equal(np.float32(jax.jit(before_sum)(x.astype(kind))), np.float32(x.astype(kind)))
+    for platform, rounds in (("cpu", True), ("cuda", False), ("tpu", False)):
+        text = jax.jit(before_sum).trace(x).lower(lowering_platforms=(platform,)).as_text()
+        assert ("reduce_precision" in text) == rounds
 
 
 @pytest.mark.parametrize("find", [in_one_pass, in_two_passes])
