@@ -134,8 +134,8 @@ def draws_of(config: ConfigDict, vocab_size: int, least: int) -> dict[str, Any]:
     free = ~np.asarray(given.held)
     counts, drawn = np.zeros(vocab_size, np.int64), 0
     while drawn < least:
-        key = jax.random.fold_in(programs.key(), drawn)
-        tokens = np.asarray(program(weights, key, given, knobs, None).tokens)[free]
+        keys = programs.keys(config, plan, drawn)
+        tokens = np.asarray(program(weights, keys, given, knobs, None).tokens)[free]
         counts, drawn = counts + np.bincount(tokens, minlength=vocab_size), drawn + tokens.size
     expected = drawn * _distribution(bias.astype(np.float64), network, plan.settings, sample_config.top_p)
     found = chi_squared(counts, expected)
@@ -157,7 +157,7 @@ def _distribution(logits: np.ndarray, network: Any, settings: Settings, top_p: f
     p /= p.sum()
     if network.process != "uniform":
         return p
-    grid, q = engine.steps(programs.key(), settings), np.full(p.size, 1.0 / p.size)
+    grid, q = engine.steps(settings), np.full(p.size, 1.0 / p.size)
     for alpha_t, alpha_s, kappa in np.asarray([grid.alpha_t, grid.alpha_s, grid.kappa], np.float64).T:
         again = alpha_s * _posterior(q, p, alpha_t, 1.0) + (1.0 - alpha_s) / p.size
         q = kappa * _posterior(q, p, alpha_t, alpha_s) + (1.0 - kappa) * again

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from duo_jax import config as config_lib
 from duo_jax import sampling
 from duo_jax.data import tokenizers
+from duo_jax.diffusion.arrays import numbered_keys
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network
 from duo_jax.sampling import engine
@@ -158,7 +159,7 @@ def batch(config: ConfigDict, plan: Training) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """A sampler, not compiled yet; `lowered` takes `(weights, key, given, knobs, None)`."""
+    """A sampler, not compiled yet; `lowered` takes `(weights, keys, given, knobs, None)`."""
 
     network: Network
     settings: sampling.Settings
@@ -191,9 +192,10 @@ def sampler(config: ConfigDict, vocab_size: int, devices: Sequence[jax.Device] |
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), weights)
     shape = (sample_config.batch_size, _length(config))
     given = engine.Given(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (np.int32, np.bool_)))
+    keys = jax.ShapeDtypeStruct(shape[:1], jax.eval_shape(key).dtype, sharding=rows)
     lowered = sampling.sample_tokens.lower(
         weights,
-        jax.eval_shape(key),
+        keys,
         given,
         knobs(config),
         None,
@@ -210,8 +212,14 @@ def _length(config: ConfigDict) -> int:
 
 
 def key() -> jax.Array:
-    """Returns the PRNG key of all sampling."""
+    """Returns the PRNG key of all random numbers here."""
     return jax.random.key(0)
+
+
+def keys(config: ConfigDict, plan: Sampling, number: int = 0) -> jax.Array:
+    """Returns the keys of the texts of a batch, on the devices; other batches have other numbers."""
+    batch = jax.random.fold_in(key(), number)
+    return jax.device_put(numbered_keys(batch, config.sample.batch_size), plan.rows)
 
 
 def knobs(config: ConfigDict) -> engine.Knobs:

@@ -116,7 +116,8 @@ def measure_case(config: ConfigDict, vocab_size: int, repeats: int) -> dict[str,
         "environment": measure.environment(),
     }  # fmt: skip
     try:
-        args = programs.random_weights(plan.network, plan.whole), programs.key(), given, programs.knobs(config), None
+        weights, keys = programs.random_weights(plan.network, plan.whole), programs.keys(config, plan)
+        args = weights, keys, given, programs.knobs(config), None
         jax.block_until_ready(args[0])
         measure.restart_peak()  # a user's weights come from a file; drawing random ones takes more memory than sampling
         sampler, compile_s = measure.compiled(plan.lowered)

@@ -128,7 +128,7 @@ def sample(
     params: Params,
     n_steps: int = 4,
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_size: int = 1,
     length: int | None = None,
     sampler: str = "ancestral",
@@ -157,8 +157,9 @@ def sample(
         params: what `load` returned.
         n_steps: steps of the sampler; more is better and slower. The noise removal is one more network call. An
             autoregressive network takes one call per token, whatever this is.
-        seed: the same seed gives the same texts (for the same `rows_at_once` and number of devices).
-        batch_size: how many texts.
+        seed: decides all draws. A text depends on its seed and its number in `batch_size`, not on the texts beside it (but
+            for rounding; see docs/sampling.md). Several seeds give one text each, the first of that seed.
+        batch_size: how many texts; several seeds say it themselves.
         length: tokens in each, BOS and EOS included; the network's own length if None. Longer texts are written in strides.
         sampler: `ancestral`; `psi`, which also redraws tokens; for mdlm, sedd and d3pm also `ancestral_cache`, the same
             texts with fewer calls; for sedd also `analytic`; `autoregressive` for ar, where `ancestral` is the same.
@@ -192,7 +193,7 @@ def sample(
         _whole(name, value)
         for name, value in (("n_steps", n_steps), ("batch_size", batch_size), ("early_stop", early_stop))
     )
-    seed = _seed(seed)
+    seeds, batch_size = _seeds(seed, batch_size)
     length, stride = _whole("length", length), None if stride is None else _whole("stride", stride)
     least = 2 if network.algo == "ar" else 1  # its first token is given
     if batch_size < 1 or length < least:
@@ -256,7 +257,7 @@ def sample(
             params.weights,
             network,
             dataclasses.replace(settings, reports_steps=in_steps),
-            jax.random.key(seed),
+            sampling.texts.origins_of(seeds, batch_size),
             known,
             # Always of one type: 1 and 1.0 would be two programs.
             knobs=sampling.Knobs(*(np.float32(value) for value in (top_p, temperature, guidance))),
@@ -318,6 +319,18 @@ def _whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError as error:
         raise UserError(f"{name} is {value!r}; it must be a whole number.") from error
+
+
+def _seeds(value: Any, batch_size: int) -> tuple[int | list[int], int]:
+    """Returns one seed or several, and how many texts; or raises UserError."""
+    if isinstance(value, str) or not np.iterable(value):
+        return _seed(value), batch_size
+    seeds = [_seed(one) for one in value]
+    if not seeds or batch_size not in (1, len(seeds)):
+        raise UserError(
+            f"there are {len(seeds)} seeds for batch_size {batch_size}; give one for each text, or one for all."
+        )
+    return seeds, len(seeds)
 
 
 def _seed(value: Any) -> int:

@@ -205,14 +205,16 @@ def test_seeds_and_blocks_of_rows_have_noise_of_their_own(params):
 
 def test_a_text_may_end_where_its_document_does():
     params = duo_jax.load("quickstart")
-    eos = duo_jax.api.tokenizer_of(params.tokenizer).eos_id
+    tokenizer = duo_jax.api.tokenizer_of(params.tokenizer)
+    eos = tokenizer.eos_id
     whole, ended = (duo_jax.sample(params, 8, batch_size=64, seed=1, until_eos=until) for until in (False, True))
     np.testing.assert_array_equal(whole.tokens, ended.tokens)
     inside = (whole.tokens[:, 1:-1] == eos).any(axis=1)
     assert 0 < inside.sum() < 64
-    for cut, text, shorter in zip(inside, whole.text, ended.text, strict=True):
+    for row, text, shorter in zip(whole.tokens, whole.text, ended.text, strict=True):
         assert text.startswith(shorter)
-        assert (len(shorter) < len(text)) == cut
+        end = 1 + np.argmax(np.append(row[1:], eos) == eos)
+        assert (len(shorter) < len(text)) == bool(tokenizer.decode(row[end:]).strip())
 
 
 def test_a_score_is_a_pair(params):

@@ -1,5 +1,6 @@
 """Array helpers: per-sequence values for per-token arrays, one random key per token, hints for the compiler."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,16 @@ def token_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return jax.random.split(key, shape)
+
+
+def numbered_keys(key: jax.Array, n: int) -> jax.Array:
+    """Typed keys `[n]`, one per row; that of row i is the same for every n > i."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
+
+
+def keys_of_rows(keys: jax.Array, length: int) -> jax.Array:
+    """Typed keys `[B, length]` from a key for each row, `[B]`: a row's keys do not depend on the other rows."""
+    return map_keys(lambda key: jax.random.split(key, length), keys)
 
 
 def map_keys(function: Callable[[jax.Array], Any], keys: jax.Array) -> Any:

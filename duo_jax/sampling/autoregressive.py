@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from duo_jax.diffusion import categorical
-from duo_jax.diffusion.arrays import token_keys
+from duo_jax.diffusion.arrays import keys_of_rows
 from duo_jax.models.network import Network
 from duo_jax.sampling import ticks
 from duo_jax.sampling.settings import Settings
@@ -17,7 +17,7 @@ from duo_jax.sampling.settings import Settings
 def run(
     network: Network,
     weights: Any,
-    key: jax.Array,
+    keys: jax.Array,
     tokens: jax.Array,
     held: jax.Array,
     settings: Settings,
@@ -26,6 +26,7 @@ def run(
 ) -> jax.Array:
     """Returns tokens int32 `[B, L]`, each drawn from the network's distribution given those before it.
 
+    `keys` are typed PRNG keys `[B]`, one per text.
     `tokens [B, L]` are kept where `held`, which must be true at position 0 (BOS). A held token conditions what follows it,
     but not what comes before: the network cannot look ahead.
     """
@@ -44,8 +45,8 @@ def run(
             ticks.report(reported, following[0])
         return (following, cache), following
 
-    keys = token_keys(key, (length - 1, batch))
     cache = module.empty_cache(batch, length - 1)
-    steps = (keys, jnp.arange(length - 1), tokens[:, 1:].T, held[:, 1:].T, ticks.increments(length - 1))
+    keys = keys_of_rows(keys, length - 1)
+    steps = (keys.T, jnp.arange(length - 1), tokens[:, 1:].T, held[:, 1:].T, ticks.increments(length - 1))
     _, rest = jax.lax.scan(take, (tokens[:, 0], cache), steps)
     return jnp.concatenate([tokens[:, :1], rest.T], axis=1)

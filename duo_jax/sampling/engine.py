@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from duo_jax.diffusion import absorbing, categorical, schedules, uniform
-from duo_jax.diffusion.arrays import as_float, map_keys, token_keys
+from duo_jax.diffusion.arrays import as_float, keys_of_rows, map_keys, numbered_keys
 from duo_jax.errors import UserError
 from duo_jax.sampling import ticks
 from duo_jax.sampling.settings import Psi, Settings, as_psi, check_guidance, check_temperature, uses_nucleus
@@ -86,7 +86,7 @@ class Carry:
 class Step:
     """The inputs of one step."""
 
-    key: jax.Array
+    number: jax.Array  # 0, 1, ..., n
     alpha_t: jax.Array
     alpha_s: jax.Array
     kappa: jax.Array
@@ -94,14 +94,14 @@ class Step:
     reported: jax.typing.ArrayLike = 0  # how many steps to report after this one
 
 
-def steps(key: jax.Array, settings: Settings) -> Step:
+def steps(settings: Settings) -> Step:
     """Returns the time grid as stacked steps; noise removal is the step to alpha_s = 1."""
     n = settings.n_steps
     psi = settings.psi if settings.sampler == "psi" else Psi.throughout("pure-posterior")
     alpha_t = settings.schedule.alpha(jnp.asarray(psi.times(n, settings.schedule), jnp.float32))
     alpha_s = jnp.append(alpha_t[1:], 1.0)
     stacked = Step(
-        key=jax.random.split(key, n + 1),
+        number=jnp.arange(n + 1),
         alpha_t=alpha_t,
         alpha_s=alpha_s,
         kappa=psi.kappas(alpha_t, alpha_s),
@@ -111,11 +111,11 @@ def steps(key: jax.Array, settings: Settings) -> Step:
     return jax.tree.map(lambda x: x[: settings.network_calls], stacked)
 
 
-def prior(key: jax.Array, shape: tuple[int, int], vocab_size: int, settings: Settings) -> jax.Array:
-    """Returns z_1, int32 of the given shape."""
+def prior(keys: jax.Array, length: int, vocab_size: int, settings: Settings) -> jax.Array:
+    """Returns z_1, int32 `[B, length]`, each row drawn with its own of the keys `[B]`."""
     if settings.process == "absorbing":
-        return jnp.full(shape, settings.mask_id, jnp.int32)
-    return uniform.prior_sample(key, shape, vocab_size)
+        return jnp.full((len(keys), length), settings.mask_id, jnp.int32)
+    return map_keys(lambda key: uniform.prior_sample(key, (length,), vocab_size), keys)
 
 
 def _shape(logits: jax.Array, settings: Settings, knobs: Knobs) -> jax.Array:
@@ -231,7 +231,7 @@ def _changes_something(carry: Carry, step: Step, needs_prediction: jax.Array, se
 
 def run(
     denoise: Denoise,
-    key: jax.Array,
+    keys: jax.Array,
     given: Given,
     vocab_size: int,
     settings: Settings,
@@ -245,7 +245,7 @@ def run(
 
     Args:
         denoise: see the module.
-        key: a typed PRNG key.
+        keys: typed PRNG keys `[B]`, one per text: no text's draws depend on the other texts.
         given: the known tokens; their shape is that of the texts.
         vocab_size: K.
         settings: static; `process` is `uniform` or `absorbing`.
@@ -253,14 +253,15 @@ def run(
         unconditional: under guidance, what the unconditional prediction sees in place of `given`.
     """
     shape = given.tokens.shape
-    key_prior, key_steps = jax.random.split(key)
-    noise = prior(key_prior, shape, vocab_size, settings)
+    pairs = map_keys(jax.random.split, keys)
+    keys_of_prior, keys_of_steps = pairs[:, 0], pairs[:, 1]
+    noise = prior(keys_of_prior, shape[1], vocab_size, settings)
     states = (given.fill(noise),)
     if settings.guided:
         states += (unconditional.fill(noise),)
 
     def take(carry: Carry, step: Step) -> tuple[Carry, jax.Array | None]:
-        keys = token_keys(step.key, shape)
+        keys = keys_of_rows(map_keys(lambda key: jax.random.fold_in(key, step.number), keys_of_steps), shape[1])
         sigma = jnp.full(shape[:1], schedules.sigma(step.alpha_t))
         needs_prediction, settled = _draw_without_prediction(keys, carry.states[0], step, vocab_size, settings)
         if not settings.guided:
@@ -297,7 +298,7 @@ def run(
 
     nothing = jnp.zeros((), jnp.int32)
     start = Carry(states, jnp.zeros(shape[:1], jnp.int32), nothing, nothing)
-    end, trajectory = jax.lax.scan(take, start, steps(key_steps, settings))
+    end, trajectory = jax.lax.scan(take, start, steps(settings))
     return Walk(end.states[0], end.calls, end.predictions, trajectory)
 
 
@@ -330,7 +331,7 @@ def walk(
 
     Args:
         denoise_fn: `denoise_fn(z_t int32 [B, L], sigma [B]) -> log_p [B, L, K]`, in nats; log-scores with `score`.
-        key: a typed PRNG key.
+        key: a typed PRNG key. The draws of row i are the same for every B.
         shape: (B, L).
         vocab_size: K, the mask included.
         schedule: the noise schedule; sigma = -log alpha_t.
@@ -399,7 +400,8 @@ def walk(
             jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), shape), jnp.broadcast_to(jnp.asarray(held, bool), shape)
         )
     # Both denoisers see the same text; what else they know is up to them.
-    return run(denoise, key, given, vocab_size, settings, Knobs(top_p, temperature, guidance), given)
+    keys, knobs = numbered_keys(key, shape[0]), Knobs(top_p, temperature, guidance)
+    return run(denoise, keys, given, vocab_size, settings, knobs, given)
 
 
 def generate(

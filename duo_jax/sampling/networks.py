@@ -69,7 +69,7 @@ def denoiser(
 @functools.partial(jax.jit, static_argnames=("network", "settings", "mesh"))
 def sample_tokens(
     weights: Any,
-    key: jax.Array,
+    keys: jax.Array,
     given: Given,
     knobs: Knobs,
     unconditional: Given | None = None,
@@ -78,15 +78,15 @@ def sample_tokens(
     settings: Settings,
     mesh: Mesh | None = None,
 ) -> Walk:
-    """Returns texts from a network, diffusion or autoregressive.
+    """Returns texts from a network, diffusion or autoregressive, each drawn with its own of the typed PRNG keys `[B]`.
 
-    Compiled once per shape and settings; the key, known tokens, `top_p`, temperature and guidance weight may change.
+    Compiled once per shape and settings; the keys, known tokens, `top_p`, temperature and guidance weight may change.
     """
     if settings.process == "autoregressive":
         tokens = autoregressive.run(
-            network, weights, key, given.tokens, given.held, settings, knobs.top_p, knobs.temperature
+            network, weights, keys, given.tokens, given.held, settings, knobs.top_p, knobs.temperature
         )
         calls = given.tokens.shape[1] - 1
         return Walk(tokens, jnp.asarray(calls, jnp.int32), jnp.asarray(calls * given.tokens.shape[0], jnp.int32))
     denoise = denoiser(network, weights, mesh=mesh if mesh is not None and mesh.size > 1 else None)
-    return engine.run(denoise, key, given, network.vocab_size, settings, knobs, unconditional)
+    return engine.run(denoise, keys, given, network.vocab_size, settings, knobs, unconditional)

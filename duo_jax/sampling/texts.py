@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,11 +65,32 @@ def window(network: Network, length: int, stride: int | None) -> tuple[int, int 
     return network.length, stride
 
 
+def origins_of(seeds: int | Sequence[int], rows: int) -> np.ndarray:
+    """Returns what decides the draws of each text, uint32 `[rows, 2]`: a seed, and which of that seed's texts it is.
+
+    From one seed come the texts 0, 1, ...; if every text has a seed of its own, each is that seed's text 0.
+    """
+    one = isinstance(seeds, int)
+    pairs = np.full(rows, seeds) if one else np.asarray(seeds), np.arange(rows) if one else np.zeros(rows)
+    return np.stack(pairs, axis=1).astype(np.uint32)
+
+
+@jax.jit
+def _keys(origins: jax.Array, window: jax.typing.ArrayLike) -> jax.Array:
+    """Returns typed PRNG keys `[B]` for a window of the texts with these `origins`, `[B, 2]`."""
+
+    def key(origin: jax.Array) -> jax.Array:
+        text = jax.random.fold_in(jax.random.key(origin[0]), origin[1])
+        return jax.random.fold_in(text, window)
+
+    return jax.vmap(key)(origins)
+
+
 def sample(
     weights: Any,
     network: Network,
     settings: Settings,
-    key: jax.Array,
+    origins: np.ndarray,
     known: Known,
     *,
     knobs: engine.Knobs,
@@ -90,7 +112,7 @@ def sample(
         weights: the network's parameters; with a `mesh`, already on it.
         network: their network.
         settings: static.
-        key: a typed PRNG key.
+        origins: what decides each text's draws, whatever the other texts are; see `origins_of`.
         known: tokens and where they are held, `[B, L]`; see `prompts.known`.
         knobs: traced settings.
         bos_id: begins each window after the first.
@@ -118,29 +140,25 @@ def sample(
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     size = -(-(rows_at_once or rows) // mesh.size) * mesh.size
 
-    def put(part: Known) -> engine.Given:
+    def put(x: np.ndarray) -> jax.Array:
         # The last batch is padded with copies of its last row, so that the same program runs it.
-        full = (np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) for x in part)
-        return engine.Given(*(jax.device_put(x, split) for x in full))
+        return jax.device_put(np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]), split)
 
-    def draw(key: jax.Array, part: Known, other: Known | None) -> engine.Walk:
-        free = None if other is None else put(other)
-        walk = networks.sample_tokens(
-            weights, key, put(part), knobs, free, network=network, settings=settings, mesh=mesh
-        )
+    def draw(window: int, origins: np.ndarray, part: Known, other: Known | None) -> engine.Walk:
+        keys = _keys(put(origins), np.uint32(window))
+        given, free = (pair and engine.Given(*map(put, pair)) for pair in (part, other))
+        walk = networks.sample_tokens(weights, keys, given, knobs, free, network=network, settings=settings, mesh=mesh)
         return jax.tree.map(fetch, walk)
 
     places = _windows(length, width, stride)
     steps = width - 1 if settings.process == "autoregressive" else settings.network_calls
     planned(-(-rows // size) * len(places) * steps)
     blocks = []
-    for index, start in enumerate(range(0, rows, size)):
-        part, other = (pair and tuple(x[start : start + size] for x in pair) for pair in (known, unconditional))
-        block_key = jax.random.fold_in(key, index)
-        if stride is None:
-            walk = draw(block_key, part, other)
-        else:
-            walk = _in_strides(lambda k, part: draw(k, part, None), block_key, part, places, bos_id)
+    for start in range(0, rows, size):
+        block = slice(start, start + size)
+        part, other = (pair and tuple(x[block] for x in pair) for pair in (known, unconditional))
+        draw_window = functools.partial(draw, origins=origins[block], other=other)
+        walk = draw_window(0, part=part) if stride is None else _in_strides(draw_window, part, places, bos_id)
         n = len(part[0])
         trajectory = None if walk.trajectory is None else walk.trajectory[:, :n]
         blocks.append(Texts(np.asarray(walk.tokens)[:n], int(walk.network_calls), trajectory))
@@ -170,13 +188,12 @@ def _windows(length: int, window: int, stride: int | None) -> list[tuple[int, in
 
 
 def _in_strides(
-    draw: Callable[[jax.Array, Known], engine.Walk],
-    key: jax.Array,
+    draw: Callable[..., engine.Walk],
     known: Known,
     places: list[tuple[int, int, int]],
     bos_id: int,
 ) -> engine.Walk:
-    """Samples texts longer than a window, in the windows `places` of `_windows`."""
+    """Samples texts longer than a window, in the windows `places` of `_windows`; `draw(i, part=...)` draws the i-th."""
     tokens, held = (np.array(part) for part in known)
     window = places[0][2] + 1
     calls, predictions = 0, 0
@@ -186,7 +203,7 @@ def _in_strides(
             # BOS stands before the context, as at the beginning of a row in training.
             piece[:, 0] = bos_id
             fixed[:, : written - begin] = True
-        walk = draw(jax.random.fold_in(key, index), (piece, fixed))
+        walk = draw(index, part=(piece, fixed))
         calls, predictions = calls + int(walk.network_calls), predictions + int(walk.predictions)
         tokens[:, written:end] = walk.tokens[: len(tokens), written - begin : end - begin]
     return engine.Walk(tokens, np.asarray(calls), np.asarray(predictions))

@@ -375,7 +375,7 @@ class Run:
             ema,
             self.network,
             settings,
-            jax.random.key(config.seed),
+            sampling.texts.origins_of(config.seed, len(known[0])),
             known,
             knobs=sampling.Knobs(config.top_p, config.temperature),
             bos_id=self.tokenizer.bos_id,

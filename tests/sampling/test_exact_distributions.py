@@ -17,6 +17,7 @@ from scipy import stats
 
 from duo_jax import sampling
 from duo_jax.diffusion import schedules
+from duo_jax.diffusion.arrays import numbered_keys
 from duo_jax.errors import UserError
 from duo_jax.sampling import engine
 
@@ -279,7 +280,9 @@ def test_the_unconditional_text_goes_its_own_way_only_where_the_prompt_is():
     # The prompt holds the first place, both texts hold the last one.
     given, free = known([2, 0, 3], [True, False, True]), known([0, 0, 3], [False, False, True])
     settings = sampling.Settings(n_steps, guided=True)
-    walk = engine.run(denoise, jax.random.key(0), given, vocab, settings, sampling.Knobs(guidance=1.0), free)
+    walk = engine.run(
+        denoise, numbered_keys(jax.random.key(0), rows), given, vocab, settings, sampling.Knobs(guidance=1.0), free
+    )
     jax.block_until_ready(walk.tokens)
     jax.effects_barrier()
     prompted, unprompted = (np.stack(z) for z in zip(*seen, strict=True))

@@ -18,7 +18,7 @@ from known_joint import FALSE_ALARM, p_value
 import duo_jax
 from duo_jax import modes, sampling
 from duo_jax.diffusion import absorbing, categorical
-from duo_jax.diffusion.arrays import token_keys
+from duo_jax.diffusion.arrays import keys_of_rows, numbered_keys
 from duo_jax.models.network import Network
 from duo_jax.sampling import engine
 
@@ -50,18 +50,22 @@ def test_the_cache_gives_what_the_whole_text_gives():
     tokens = jax.random.randint(jax.random.key(2), (3, LENGTH), 0, 39)
     held = jnp.arange(LENGTH)[None] < jnp.array([1, 4, 1])[:, None]
     settings = sampling.Settings.for_network(network, 1, top_p=0.9)
-    key, knobs = jax.random.key(3), sampling.Knobs(0.9, 0.8)
-    walk = sampling.sample_tokens(weights, key, sampling.Given(tokens, held), knobs, network=network, settings=settings)
+    keys, knobs = numbered_keys(jax.random.key(3), 3), sampling.Knobs(0.9, 0.8)
+    walk = sampling.sample_tokens(
+        weights, keys, sampling.Given(tokens, held), knobs, network=network, settings=settings
+    )
     assert int(walk.network_calls) == LENGTH - 1
 
     # The same draws, each from a fresh pass over the whole text.
-    keys = token_keys(key, (LENGTH - 1, 3))
+    token_keys = keys_of_rows(keys, LENGTH - 1)
 
     @jax.jit
     def following(text, i):
         logits = network.logits(weights, network.hidden(weights, network.embed(weights, text), None))
         shaped = categorical.nucleus(categorical.without(logits[:, i], 39) / 0.8, 0.9)
-        return text.at[:, i + 1].set(jnp.where(held[:, i + 1], tokens[:, i + 1], categorical.draw(keys[i], shaped)))
+        return text.at[:, i + 1].set(
+            jnp.where(held[:, i + 1], tokens[:, i + 1], categorical.draw(token_keys[:, i], shaped))
+        )
 
     text = tokens
     for i in range(LENGTH - 1):
@@ -75,7 +79,7 @@ def test_autoregressive_texts_follow_the_networks_joint():
     given = sampling.Given(jnp.zeros((10_000, 3), jnp.int32), jnp.broadcast_to(jnp.arange(3) == 0, (10_000, 3)))
     settings = sampling.Settings.for_network(network, 1, sampler="autoregressive")
     walk = sampling.sample_tokens(
-        weights, jax.random.key(4), given, sampling.Knobs(), network=network, settings=settings
+        weights, numbered_keys(jax.random.key(4), 10_000), given, sampling.Knobs(), network=network, settings=settings
     )
     texts = jnp.array([(0, a, b) for a, b in itertools.product(range(3), repeat=2)])
     hidden = network.hidden(weights, network.embed(weights, texts), None)
@@ -131,7 +135,7 @@ def test_predictions_are_made_where_they_are_asked_for_and_the_text_is_that_of_t
     plan = sampling.Settings.for_network(network, 10, **settings)
     held = jnp.zeros(shape, bool).at[:, :2].set(True)
     given = sampling.Given(jnp.full(shape, 3), held)
-    args = jax.random.key(0), given, network.vocab_size, plan, sampling.Knobs(1.0, 0.9)
+    args = numbered_keys(jax.random.key(0), 16), given, network.vocab_size, plan, sampling.Knobs(1.0, 0.9)
 
     def whole(states, sigma, visitor, needs_prediction, *per_token):
         (z,) = states
@@ -185,9 +189,9 @@ def test_guidance_does_not_lead_away_from_what_neither_text_holds(params):
     seen = []
     draw = sampling.networks.sample_tokens
 
-    def spy(weights, key, given, knobs, free, **kwargs):
+    def spy(weights, keys, given, knobs, free, **kwargs):
         seen.append((np.asarray(given.held), np.asarray(free.held)))
-        return draw(weights, key, given, knobs, free, **kwargs)
+        return draw(weights, keys, given, knobs, free, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling.networks, "sample_tokens", spy)
@@ -215,6 +219,13 @@ def test_batches_come_as_they_are_finished(params):
         ({"batch_size": 1.5}, "batch_size is 1.5"),
         ({"seed": "a"}, "seed is 'a'"),
         ({"seed": 2**40}, "from 0 to"),
+        ({"seed": [1, "a"]}, "seed is 'a'"),
+        ({"seed": [1, 2**40]}, "from 0 to"),
+        ({"seed": []}, "there are 0 seeds for batch_size 1"),
+        (
+            {"seed": [1, 2], "batch_size": 3},
+            "there are 2 seeds for batch_size 3; give one for each text, or one for all",
+        ),
         ({"top_p": "x"}, "top_p is 'x'; it must be a number"),
         ({"temperature": None}, "temperature is None"),
         ({"guidance": float("nan"), "prompt": "The"}, "guidance is nan; it must be a finite number"),
@@ -264,11 +275,11 @@ def test_long_texts_grow_in_strides(params, algo):
 
 
 def test_a_window_sees_the_end_of_what_was_written():
-    seen, keys = [], set()
+    seen, numbers = [], []
 
-    def draw(key, part):
+    def draw(number, part):
         seen.append([x.copy() for x in part])
-        keys.add(tuple(jax.random.key_data(key).tolist()))
+        numbers.append(number)
         tokens = np.where(part[1], part[0], 100 * len(seen) + np.arange(part[0].shape[1]))
         return sampling.Walk(tokens, np.int32(1), np.int32(part[1].size - part[1].sum()))
 
@@ -276,7 +287,7 @@ def test_a_window_sees_the_end_of_what_was_written():
     known = np.zeros((1, length), np.int32), np.arange(length)[None] < 2
     known[0][0, :2] = 1, 77
     places = sampling.texts._windows(length, window, stride)
-    walk = sampling.texts._in_strides(draw, jax.random.key(0), known, places, bos_id=1)
+    walk = sampling.texts._in_strides(draw, known, places, bos_id=1)
     text = walk.tokens[0]
     np.testing.assert_array_equal(text[:7], [1, 77, 102, 103, 104, 105, 106])
     tokens, held = seen[1]
@@ -284,7 +295,8 @@ def test_a_window_sees_the_end_of_what_was_written():
     assert tokens[0, :3].tolist() == [1, 105, 106]
     assert held[0].tolist() == [True] * 3 + [False] * 5
     np.testing.assert_array_equal(text[7:11], [203, 204, 205, 206])
-    assert walk.network_calls == len(seen) == len(keys) == 4
+    assert walk.network_calls == len(seen) == 4
+    assert numbers == [0, 1, 2, 3]
     assert walk.predictions == sum((~held).sum() for _, held in seen)
     assert text[-1] == 407  # the last window's last token stays
     assert (text > 0).all()
@@ -294,7 +306,7 @@ def test_each_batch_is_given_its_own_rows(params, monkeypatch):
     """Also of what guidance leads away from; the batches are no larger than they must be, and may differ in calls."""
     seen = []
 
-    def draw(weights, key, given, knobs, free, **_):
+    def draw(weights, keys, given, knobs, free, **_):
         seen.append([np.asarray(given.held), None if free is None else np.asarray(free.held)])
         return sampling.Walk(given.tokens, jnp.int32(10 - len(seen)), jnp.int32(0))
 
@@ -313,6 +325,46 @@ def test_each_batch_is_given_its_own_rows(params, monkeypatch):
     assert seen[-1][0].shape == (3, 20)
 
 
+@pytest.mark.parametrize(
+    ("algo", "kwargs"),
+    [
+        ("duo_base", {"sampler": "psi", "top_p": 0.9}),
+        ("duo_base", {"prompt": "The town", "guidance": 1.5}),
+        ("duo_base", {"length": 50}),  # three windows
+        ("mdlm", {"sampler": "ancestral_cache", "n_steps": 20}),
+        ("ar", {}),
+    ],
+)
+def test_a_text_does_not_depend_on_the_texts_beside_it(params, algo, kwargs):
+    network = of(params, algo)
+    five = duo_jax.sample(network, **{"n_steps": 4} | kwargs, batch_size=5, seed=3, rows_at_once=5).tokens
+    assert len(np.unique(five, axis=0)) == 5
+    two_at_once = duo_jax.sample(network, **{"n_steps": 4} | kwargs, batch_size=5, seed=3, rows_at_once=2).tokens
+    np.testing.assert_array_equal(two_at_once, five)
+    alone = duo_jax.sample(network, **{"n_steps": 4} | kwargs, batch_size=1, seed=3, rows_at_once=2).tokens
+    np.testing.assert_array_equal(alone, five[:1])
+
+
+def test_texts_may_have_seeds_of_their_own(params):
+    settings = {"n_steps": 3, "length": 20, "rows_at_once": 4}
+    texts = duo_jax.sample(params, seed=[7, 5, 7], **settings).tokens
+    for text, seed in zip(texts, (7, 5, 7), strict=True):
+        np.testing.assert_array_equal(text, duo_jax.sample(params, seed=np.uint32(seed), **settings).tokens[0])
+    assert (texts[0] != texts[1]).any()
+    np.testing.assert_array_equal(
+        texts, duo_jax.sample(params, seed=np.array([7, 5, 7]), batch_size=3, **settings).tokens
+    )
+
+
+def test_every_window_of_every_text_has_draws_of_its_own():
+    origins = sampling.texts.origins_of(2**32 - 1, 3)
+    assert origins.tolist() == [[2**32 - 1, 0], [2**32 - 1, 1], [2**32 - 1, 2]]
+    assert sampling.texts.origins_of([5, 6, 5], 3).tolist() == [[5, 0], [6, 0], [5, 0]]
+    both = np.concatenate([origins, sampling.texts.origins_of(0, 3)])
+    keys = [jax.random.key_data(sampling.texts._keys(both, np.uint32(window))) for window in (0, 1)]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 12
+
+
 def test_batches_are_split_and_joined(params):
     assert (
         len({tuple(row) for row in duo_jax.sample(params, length=20, batch_size=5, rows_at_once=2).tokens.tolist()})
@@ -322,7 +374,8 @@ def test_batches_are_split_and_joined(params):
     settings = sampling.Settings.for_network(params.network, 2)
     known = np.zeros((5, 20), np.int32), np.zeros((5, 20), bool)
     texts = sampling.texts.sample(
-        params.weights, params.network, settings, jax.random.key(0), known, knobs=sampling.Knobs(), bos_id=0, rows_at_once=2,
+        params.weights, params.network, settings, sampling.texts.origins_of(0, 5), known, knobs=sampling.Knobs(), bos_id=0,
+        rows_at_once=2,
         done=done.append,
     )  # fmt: skip
     assert [len(batch.tokens) for batch in done] == [2, 2, 1]
