@@ -31,7 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["duo_jax", "duo_jax.*"]),
-    package_data={"duo_jax": ["shipped/*/*", "shipped/*/tokenizer/*"]},
+    package_data={"duo_jax": ["sampling/*.html", "shipped/*/*", "shipped/*/tokenizer/*"]},
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",

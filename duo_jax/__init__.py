@@ -13,10 +13,10 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "evaluate", "export", "load", "sample", "score", "train"]
+__all__ = ["UserError", "evaluate", "export", "load", "replay", "sample", "score", "train"]
 
 _PARTS = ("api", "config", "convert", "data", "diffusion", "evaluation", "models", "objectives", "sampling", "training")
-_MODULE_OF = dict.fromkeys(("evaluate", "export", "load", "sample", "score", "train"), "duo_jax.api") | {
+_MODULE_OF = dict.fromkeys(("evaluate", "export", "load", "replay", "sample", "score", "train"), "duo_jax.api") | {
     "UserError": "duo_jax.errors"
 }
 

@@ -1,4 +1,4 @@
-"""The Python interface: load, train and export a network, sample from it, score a text, evaluate on many."""
+"""The Python interface: load, train and export a network, sample from it and replay that, score texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from duo_jax import convert, sampling
+from duo_jax import convert, files, sampling
 from duo_jax import progress as progress_lib
 from duo_jax.data import tokenizers
 from duo_jax.errors import UserError
@@ -177,7 +177,7 @@ def sample(
         stride: new tokens per window, for texts longer than the network's length; half of that length if None.
         rows_at_once: texts sampled together, which bounds the memory; at most 64 per device if None. If given, fewer texts
             are filled up to it, so that one program serves every batch size.
-        trajectory: whether to keep the tokens of every step.
+        trajectory: whether to keep the tokens of every step, which `replay` shows.
         until_eos: whether `.text` ends at the first EOS, since networks are trained on rows of several documents; `.tokens`
             and `.entropy` are of the whole row. Otherwise EOS reads as an empty line.
         progress: whether to show a progress bar; one that counts steps makes a program of its own, too.
@@ -270,6 +270,25 @@ def sample(
             done=done,
         )
     return samples(texts)
+
+
+def replay(params: Params, samples: Samples, path: str | Path) -> None:
+    """Writes a web page, complete in one file, that replays step by step how texts came about.
+
+    Args:
+        params: the network that wrote them.
+        samples: what `sample` returned with `trajectory=True`.
+        path: the file, such as `replay.html`; one that exists is replaced.
+
+    Raises:
+        UserError: there is no trajectory, or the file cannot be written.
+    """
+    _network_of(params)
+    if not isinstance(samples, Samples) or samples.trajectory is None:
+        raise UserError("there are no steps to replay; give what duo_jax.sample returns with trajectory=True.")
+    page = sampling.replay.page(tokenizer_of(params.tokenizer), samples.trajectory)
+    with files.written(path):
+        Path(path).write_text(page, encoding="utf-8")
 
 
 @contextlib.contextmanager

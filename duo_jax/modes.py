@@ -34,7 +34,7 @@ _SAMPLE_SETTINGS = (
     "early_stop",
     "trajectory",
 )
-_SHOWN = 4  # texts are printed
+_SHOWN = 4  # texts are printed and replayed
 
 # Fields that only change how the network is computed, or at which times it is evaluated: the config's may differ from the
 # checkpoint's.
@@ -166,7 +166,8 @@ def _new(folder: Path, stem: str, suffix: str) -> Path:
 def sample(config: ConfigDict, workdir: str) -> None:
     """Samples texts from the newest checkpoint, prints the first few, and writes them to `WORKDIR/samples.jsonl`.
 
-    If that exists, to `samples-2.jsonl` and so on: samples may be hours of work. If the workdir is the folder of a
+    If that exists, to `samples-2.jsonl` and so on: samples may be hours of work. With `config.sample.trajectory`,
+    `samples.html` replays the first few. If the workdir is the folder of a
     checkpoint, its run's folder is written to.
     """
     params, home, *_ = _load(config, workdir)
@@ -223,6 +224,10 @@ def sample(config: ConfigDict, workdir: str) -> None:
         return
     shown = f" (the first {_SHOWN} above)" if len(result.text) > _SHOWN else ""
     progress.say(f"{len(result.text)} texts{shown} in {result.network_calls} network calls a batch; written to {path}.")
+    if result.trajectory is not None:
+        page = path.with_suffix(".html")
+        api.replay(params, dataclasses.replace(result, trajectory=result.trajectory[:, :_SHOWN]), page)
+        progress.say(f"Open {page} in a browser to see how they came about.")
 
 
 MODES = {"train": loop.train, "eval": evaluate, "sample": sample}

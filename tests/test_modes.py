@@ -85,6 +85,17 @@ def test_the_settings_that_a_network_was_trained_with_are_told(copy, text_folder
         modes.run(config, str(copy))
 
 
+def test_the_first_texts_can_be_replayed(copy, text_folder, capsys):
+    asked = {"mode": "sample", "sample.trajectory": True, "sample.num": 5, "sample.batch_size": 3, "sample.n_steps": 2}
+    for name in ("samples.html", "samples-2.html"):
+        modes.run(make_config(trained_settings(text_folder) | asked), str(copy))
+        assert f"Open {copy / name} in a browser" in capsys.readouterr().out
+        page = (copy / name).read_text(encoding="utf-8")
+        assert page.count('{"first":[') == 4
+    rows = [json.loads(line) for line in (copy / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [len(row["trajectory"]) for row in rows] == 5 * [3]
+
+
 def test_samples_are_not_overwritten(copy, text_folder, capsys):
     first, second = (
         make_config({**trained_settings(text_folder), "mode": "sample", "sample.seed": seed}) for seed in (1, 2)

@@ -1,6 +1,6 @@
 """From noise to text: every sampler, prompts and infilling, and texts of any number and length from a network."""
 
-from duo_jax.sampling import prompts, texts
+from duo_jax.sampling import prompts, replay, texts
 from duo_jax.sampling.engine import Given, Knobs, Walk, generate, run, walk
 from duo_jax.sampling.networks import denoiser, sample_tokens
 from duo_jax.sampling.results import unigram_entropy, until_end
@@ -17,6 +17,6 @@ from duo_jax.sampling.settings import (
 
 __all__ = [
     "NOISE_REMOVALS", "SAMPLERS", "Given", "Knobs", "Psi", "Settings", "Walk", "as_psi", "check_guidance",
-    "check_temperature", "denoiser", "generate", "prompts", "run", "sample_tokens", "texts", "unigram_entropy",
+    "check_temperature", "denoiser", "generate", "prompts", "replay", "run", "sample_tokens", "texts", "unigram_entropy",
     "until_end", "uses_nucleus", "walk",
 ]  # fmt: skip
