@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 from helpers import make_config, trained_settings
 
@@ -36,6 +37,55 @@ def test_a_second_ctrl_c_means_now():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_mean_afterwards_what_they_meant_before():
+    def meant():
+        wakes = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(wakes)
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], wakes
+
+    before = meant()
+    with interrupt.Interrupt().watch():
+        assert meant() != before
+    assert meant() == before
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [(None, 0, None), (None, signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM, signal.SIGINT)],
+)
+def test_several_processes_stop_at_one_step(monkeypatch, own, others, expected):
+    """Whichever of them got the signal; they ask each other at the same steps, or one would wait for ever."""
+    asked = []
+    monkeypatch.setattr(interrupt.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        interrupt.multihost_utils, "process_allgather", lambda mine: asked.append(int(mine)) or np.array([mine, others])
+    )
+    stop = interrupt.Interrupt()
+    stop.number = own
+    assert [stop.agreed(step, 5) for step in range(1, 5)] == [False] * 4
+    assert not asked
+    assert stop.agreed(5, 5) == (expected is not None)
+    assert asked == [own or 0]
+    assert stop.number == expected
+    assert not stop.alone(), "a process that has others never stops by itself"
+
+
+def test_a_signal_after_the_last_step_is_heeded(trained, text_folder, tmp_path, monkeypatch, capsys):
+    """While the last checkpoint is written, which may take minutes: what is due at the end is left to the next start."""
+    copy, close = tmp_path / "copy", checkpoint.Checkpoints.close
+    shutil.copytree(trained, copy)
+
+    def signalled(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(checkpoints)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "close", signalled)
+    assert loop.train(make_config(trained_settings(text_folder)), str(copy)) == signal.SIGTERM
+    printed = capsys.readouterr().out
+    assert "Stopped by SIGTERM at step 20 and saved." in printed
+    assert "Done:" not in printed
 
 
 @pytest.mark.parametrize(("module", "name", "calls"), [(likelihood, "nll_sum", 2), (texts, "sample", 1)])
