@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers import ROOT, command, make_config, run, tiny_settings, trained_settings
+from tensorboardX.proto import event_pb2
 
 import duo_jax
 from duo_jax import progress
@@ -145,13 +148,16 @@ def test_another_runs_checkpoint_is_refused(trained, text_folder):
         loop.train(make_config(settings), str(trained))
 
 
-def test_a_finished_run_reports_again_and_changes_nothing(trained, text_folder, tmp_path, capsys):
+def test_a_finished_run_reports_again_and_changes_nothing(trained, text_folder, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
+    # It saves nothing, so that it needs no room on the disk.
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     loop.train(make_config(trained_settings(text_folder)), str(copy))
     out = capsys.readouterr().out
     assert "No steps are left: the run is at step 20, and config.train.steps is 20." in out
     assert "Done: 20 steps, 0 of them now" in out
+    assert "tokens/s" not in out, "no steps have no rate"
     assert_same_state(trained, copy, 20)
     assert (copy / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
 
@@ -251,6 +257,76 @@ def test_what_was_due_with_the_last_checkpoint_is_done_on_resuming(trained, text
     loop.train(make_config({**trained_settings(text_folder), "train.steps": 25}), str(copy))
     assert not lost.exists()
     assert [row["step"] for row in writers.read_jsonl(copy / "metrics.jsonl") if "heldout/ppl" in row] == [10, 20, 25]
+
+
+def test_tensorboard_hides_only_the_steps_that_are_taken_anew(tmp_path):
+    curves = writers.TensorBoardWriter(tmp_path, last_step=20)
+    curves.write_scalars(21, {"train/loss": 3.0})
+    curves.close()
+    (file,) = tmp_path.iterdir()
+    data, events = file.read_bytes(), []
+    while data:  # each event between a length with its checksum, 8 + 4 bytes, and a checksum of 4
+        (size,) = struct.unpack("<Q", data[:8])
+        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    starts = [event.step for event in events if event.session_log.status == event_pb2.SessionLog.START]
+    assert starts == [21], "TensorBoard drops what earlier files have from this step on"
+    assert [event.step for event in events if event.summary.value] == [21]
+
+
+class Loss:
+    """A metric on a device, which notes when it is waited for."""
+
+    def __init__(self, value, waited_for):
+        self.value, self.waited_for = value, waited_for
+
+    def block_until_ready(self):
+        self.waited_for.append(self.value)
+
+    def __float__(self):
+        return float(self.value)
+
+
+def test_the_device_has_one_step_queued_while_metrics_are_read():
+    meter, waited_for = loop.Meter(tokens_per_step=1), []
+    means = []
+    for step in range(1, 9):
+        meter.add({"loss": Loss(step, waited_for)})
+        assert waited_for == list(range(1, step)), "no step is queued behind two others, and the last is not waited for"
+        if step % 4 == 0:
+            means.append(meter.read(step)["loss"])
+    assert means == [(1 + 2 + 3) / 3, (4 + 5 + 6 + 7) / 4], "the last step is left for the next reading"
+    assert meter.read(8, late=False)["loss"] == 8
+    assert meter.read(8, late=False) == {}
+
+
+def test_the_rate_is_of_the_steps_alone(text_folder, tmp_path, monkeypatch):
+    """On a clock on which a step takes a second, and all else a thousand."""
+    seconds = 0.0
+
+    def taking(more, real):
+        def call(*args, **kwargs):
+            nonlocal seconds
+            seconds += more
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: seconds))
+    monkeypatch.setattr(loop.Meter, "add", taking(1, loop.Meter.add))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", taking(1000, jax.stages.Lowered.compile))
+    for where, name in ((checkpoint.Checkpoints, "save"), (loop.Run, "evaluate"), (loop.Run, "sample")):
+        monkeypatch.setattr(where, name, taking(1000, lambda *_, **__: None))
+    monkeypatch.setattr(loop.Run, "finish", lambda *_: None)
+    settings = {**trained_settings(text_folder), "train.log_every": 2, "checkpoint.every": 9, "sample.every": 7}
+    loop.train(make_config(settings), str(tmp_path))
+    rates = {
+        row["step"]: (row["train/steps_per_s"], row["train/tokens_per_s"])
+        for row in writers.read_jsonl(tmp_path / "metrics.jsonl")
+        if "train/steps_per_s" in row
+    }
+    assert set(rates) == {2, 4, 6, 8, 9, 12, 14, 16, 18, 20}
+    assert set(rates.values()) == {(1.0, 8 * 32.0)}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(text_folder, tmp_path):
@@ -369,10 +445,13 @@ def test_a_wrong_size_shows_before_the_data_are_prepared(tmp_path, text_folder, 
             loop.train(make_config({**tiny_settings(text_folder), **wrong}), str(tmp_path))
 
 
-def test_what_is_measured_on_the_way_is_the_average(text_folder, tmp_path):
+def test_what_is_measured_on_the_way_is_the_average(text_folder, tmp_path, capsys):
     """The held-out figure of a step, anew from that step's checkpoint: of its averaged weights, not of its last ones."""
-    settings = {**trained_settings(text_folder), "train.steps": 10, "eval.every": 5, "sample.every": 0}
+    settings = {**trained_settings(text_folder), "train.steps": 10, "eval.every": 5, "sample.every": 5}
     loop.train(make_config(settings), str(tmp_path))
+    printed = capsys.readouterr().out
+    for what in ("held-out PPL", "4-step sample"):
+        assert [printed.count(f"step {step}: {what}") for step in (5, 10)] == [1, 1], "the last is not done twice"
     rows = {
         row["step"]: row["heldout/nll"]
         for row in writers.read_jsonl(tmp_path / "metrics.jsonl")
