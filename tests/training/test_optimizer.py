@@ -33,6 +33,25 @@ def test_adamw_with_clipping_and_warmup(golden, decay):
         np.testing.assert_allclose(params, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_every_setting_of_adam_is_used():
+    """Two steps by hand, with settings that are nobody's defaults."""
+    config = config_lib.default().train
+    config.update(
+        {"lr": 0.1, "warmup": 0, "clip": 100.0, "beta1": 0.5, "beta2": 0.7, "adam_eps": 0.3, "weight_decay": 0.2}
+    )
+    adam = optimizer.create(config)
+    weight, mean, square = 2.0, 0.0, 0.0
+    params = jnp.asarray(weight)
+    state = adam.init(params)
+    for n, gradient in enumerate((0.8, -0.4), start=1):
+        updates, state = adam.update(jnp.asarray(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        mean, square = 0.5 * mean + 0.5 * gradient, 0.7 * square + 0.3 * gradient**2
+        step = mean / (1 - 0.5**n) / (np.sqrt(square / (1 - 0.7**n)) + 0.3)
+        weight -= 0.1 * (step + 0.2 * weight)
+        np.testing.assert_allclose(params, weight, rtol=1e-6)
+
+
 @pytest.mark.parametrize("decay", ["0.9999", "0.3"])
 def test_ema(golden, decay):
     data = golden("h_optim")
