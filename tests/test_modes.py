@@ -96,6 +96,31 @@ def test_the_first_texts_can_be_replayed(copy, text_folder, capsys):
     assert [len(row["trajectory"]) for row in rows] == 5 * [3]
 
 
+@pytest.mark.parametrize(("number", "at_once"), [(0, 3), (2, 2), (7, 3)])
+def test_all_that_is_asked_reaches_the_sampler(copy, text_folder, monkeypatch, number, at_once):
+    asked = {
+        "n_steps": 5, "seed": 6, "sampler": "psi", "noise_removal": "greedy", "top_p": 0.9, "temperature": 0.7,
+        "guidance": 1.5, "early_stop": 2, "trajectory": True, "length": 50, "prompt": "The", "negative_prompt": "A",
+        "stride": 8,
+    }  # fmt: skip
+    seen = []
+
+    def sample(params, **settings):
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "sample", sample)
+    flags = {f"sample.{name}": value for name, value in asked.items()}
+    flags |= {"mode": "sample", "sample.psi.low": "max-capped-0.1", "sample.num": number, "sample.batch_size": 3}
+    with pytest.raises(KeyboardInterrupt):
+        modes.run(make_config({**trained_settings(text_folder), **flags}), str(copy))
+    (settings,) = seen
+    assert {name: settings[name] for name in asked} == asked
+    assert (settings["batch_size"], settings["rows_at_once"]) == (number or 3, at_once)
+    assert settings["psi"].low == "max-capped-0.1"
+    assert settings["infill"] is None
+
+
 def test_samples_are_not_overwritten(copy, text_folder, capsys):
     first, second = (
         make_config({**trained_settings(text_folder), "mode": "sample", "sample.seed": seed}) for seed in (1, 2)
