@@ -1,5 +1,6 @@
 """Mistakes on the command line get one line, the nearest name, and exit status 2."""
 
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -65,6 +66,28 @@ def test_a_config_file_that_cannot_be_read(tmp_path, text, expected):
     assert result.returncode == 2
     assert expected in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_recipe_may_use_another_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "my_recipes"
+    folder.mkdir()
+    (folder / "first.py").write_text(
+        "from duo_jax import config\ndef get_config():\n    c = config.default()\n    c.train.steps = 7\n    return c"
+    )
+    (folder / "second.py").write_text("from my_recipes import first\nget_config = first.get_config")
+    assert cli._load(str(folder / "second.py")).train.steps == 7
+
+
+def test_the_log_is_printed_plainly_and_once(monkeypatch, capsys):
+    """Though absl, too, prints what reaches the root of all logs."""
+    root, ours = logging.getLogger(), logging.getLogger("duo_jax")
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(sys.stderr)])
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(ours, "propagate", True)
+    with cli.one_line_errors():
+        logging.getLogger("duo_jax.files").info("the disk has no locks")
+    assert capsys.readouterr().err == "the disk has no locks\n"
 
 
 def test_help_is_help():
