@@ -86,6 +86,7 @@ def test_a_step_in_parts_is_the_mean_over_all_tokens(precision):
     weights = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), current.params)
     start = state.create(network, tx, 0, weights)
     batch["mask"] = batch["mask"].at[0, 3:].set(0)  # the parts differ in tokens
+    batch["tokens"] += jnp.arange(8)[:, None]  # and it matters which rows a part has
 
     def stepped(start, batch, n):
         return state.train_step(start, batch, make_loss=make_loss, optimizer=tx, ema=0.9, accumulate=n)
