@@ -98,14 +98,32 @@ def test_help_is_help():
 
 
 def test_memory_that_runs_out_is_told_with_what_to_do(capsys):
-    with pytest.raises(SystemExit) as stopped, cli.one_line_errors():
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 26905054768 bytes.")
-    assert stopped.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: the device's memory is full; 25.1 GiB more")
-    assert "config.train.accumulate" in told
+    for says in ("RESOURCE_EXHAUSTED: failed to allocate", "Out of memory allocating"):
+        with pytest.raises(SystemExit) as stopped, cli.one_line_errors():
+            raise RuntimeError(f"{says} 26905054768 bytes.")
+        assert stopped.value.code == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: the device's memory is full; 25.1 GiB more")
+        assert "config.train.accumulate" in told
     with pytest.raises(RuntimeError, match="another"), cli.one_line_errors():
         raise RuntimeError("another")
+
+
+def test_ctrl_c_ends_a_command_in_a_word(capsys):
+    with pytest.raises(SystemExit) as stopped, cli.one_line_errors():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_jax_that_has_read_its_environment_is_told(monkeypatch):
+    told = []
+    config = SimpleNamespace(update=lambda *setting: told.append(setting))
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(config=config))
+    monkeypatch.setattr(cli.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setenv("JAX_CPU_ENABLE_ASYNC_DISPATCH", "true")
+    cli.keep_memory()
+    assert told == [("jax_cpu_enable_async_dispatch", False)]
 
 
 @pytest.mark.parametrize(

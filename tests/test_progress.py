@@ -50,6 +50,14 @@ def test_a_passing_bar_that_was_shown_is_wiped_out(monkeypatch):
         assert re.search(r"\r {20,}", drawn[drawn.rindex("inner") :]), "blanks are the last that is drawn there"
 
 
+def test_a_notebook_draws_a_bar_in_place(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setitem(sys.modules, "ipykernel", io)
+    with progress.bar(total=3, desc="steps") as bar:
+        bar.refresh()
+    assert sys.stderr.getvalue().startswith("\rsteps:")
+
+
 def test_other_processes_are_quiet(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(progress.passing([1, 2], 2, "inner", unit=" things", show=False)) == [1, 2]

@@ -96,6 +96,11 @@ def test_an_average_is_over_tokens_however_the_batches_are_filled():
     got = likelihood.evaluate(weights, net, batches)
     assert got.tokens == count == 3 * 4 + 4 + 2 * 2 + 4
     assert got.nll == pytest.approx(nats / count, rel=1e-5)
+    assert likelihood.evaluate(weights, net, batches, draws=3).figures() == got.figures(), "there is nothing to draw"
+
+
+def test_a_perplexity_beyond_all_numbers_is_a_number():
+    assert np.isfinite(likelihood.Likelihood(1e6, 1).ppl)
 
 
 def test_each_batch_has_noise_of_its_own_and_the_same_every_time():

@@ -115,6 +115,29 @@ def test_a_network_is_trained_on_with_other_text_and_its_own_tokenizer(trained, 
     assert duo_jax.score(after, sentence, n_samples=64).nll < duo_jax.score(before, sentence, n_samples=64).nll - 0.5
 
 
+@pytest.mark.parametrize("ema", [True, False])
+def test_which_weights_a_run_starts_from_is_told(trained, text_folder, tmp_path, capsys, ema):
+    duo_jax.export(duo_jax.load(trained, ema=ema), tmp_path / "out")
+    settings = {**trained_settings(text_folder), "init_from": str(tmp_path / "out")}
+    with loop.Run.open(make_config(settings), str(tmp_path / "run")) as run:
+        jax.tree.map(np.testing.assert_array_equal, run.start_from(), checkpoint.read(trained, ema=ema)[0].weights)
+    kind = "EMA" if ema else "last"
+    assert f"Starting from the {kind} weights in {tmp_path / 'out'}." in capsys.readouterr().out
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(trained, tmp_path):
+    (tmp_path / "text.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"Nous sommes {i} et bien d'autres, quelque part."}) for i in range(400))
+    )
+    settings = {**trained_settings(tmp_path), "data.bpe_size": 300, "init_from": str(trained)}
+    with loop.Run.open(make_config(settings), str(tmp_path / "run")) as run:
+        assert run.network.vocab_size == 300
+        with pytest.raises(
+            UserError, match=r"its tokenizer is another one\. Use it here too, --config\.data\.tokenizer="
+        ):
+            run.start_from()
+
+
 def test_what_does_not_fit_is_refused(trained, text_folder, tmp_path):
     base = {**tiny_settings(text_folder), "algo.name": "dcd"}
     with pytest.raises(UserError, match=r"give its workdir as config\.init_from"):

@@ -16,7 +16,7 @@ from helpers import ROOT, command, make_config, run, tiny_settings, trained_sett
 
 from duo_jax.errors import UserError
 from duo_jax.models.network import Network
-from duo_jax.training import checkpoint, optimizer, orbax_noise, partition
+from duo_jax.training import checkpoint, loop, optimizer, orbax_noise, partition
 from duo_jax.training import state as state_lib
 
 
@@ -163,6 +163,13 @@ def test_of_tasks_that_failed_only_orbaxs_are_left_out():
     assert orbax_noise._is_of_others(logging.LogRecord("asyncio", logging.ERROR, "", 0, "another message", (), None))
 
 
+def change_record(workdir, change):
+    path = workdir / "checkpoints" / "20" / "record" / "metadata"
+    about = json.loads(path.read_text())
+    change(about)
+    path.write_text(json.dumps(about))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -176,12 +183,16 @@ def test_of_tasks_that_failed_only_orbaxs_are_left_out():
 )
 def test_the_record_of_another_version_is_refused(trained, tmp_path, change, message):
     shutil.copytree(trained / "checkpoints" / "20", tmp_path / "checkpoints" / "20")
-    path = tmp_path / "checkpoints" / "20" / "record" / "metadata"
-    about = json.loads(path.read_text())
-    change(about)
-    path.write_text(json.dumps(about))
+    change_record(tmp_path, change)
     with pytest.raises(UserError, match=message):
         checkpoint.read(tmp_path)
+
+
+def test_a_run_of_another_version_is_not_gone_on_with(trained, text_folder, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    change_record(tmp_path / "run", lambda about: about.update(format=2))
+    with pytest.raises(UserError, match="has format 2, not 1; use another --workdir"):
+        loop.train(make_config(trained_settings(text_folder)), str(tmp_path / "run"))
 
 
 def test_what_a_path_means(trained, tmp_path, monkeypatch):
@@ -196,8 +207,12 @@ def test_what_a_path_means(trained, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is a run of duo_jax, which records its network; leave out algo, heads"):
         checkpoint.load(trained, algo="duo", heads=2)
     (tmp_path / "checkpoints" / "best").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoint.find(tmp_path / "checkpoints" / "best")
+    (tmp_path / "checkpoints" / "7" / "ema").mkdir(parents=True)  # of which the record was lost
+    for path in (tmp_path, tmp_path / "checkpoints" / "best"):
+        with pytest.raises(UserError, match="holds no checkpoint"):
+            checkpoint.find(path)
+    with pytest.raises(UserError, match="checkpoints/99 does not exist"):
+        checkpoint.find(trained / "checkpoints" / "99")
     monkeypatch.setattr(checkpoint.ocp.utils, "checkpoint_steps", lambda _: [20, 15])  # as a disk may list them
     assert checkpoint.find(trained) == (trained, 20)
 
@@ -250,6 +265,15 @@ def test_what_may_be_read_another_time_is_not_called_damaged(trained, number, ex
     with pytest.raises(UserError, match=expected) as told:
         checkpoint.read(trained)
     assert ("remove it" in str(told.value)) == (number == errno.EINVAL)
+
+
+def test_a_fault_of_the_program_is_not_called_damage(trained, monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("an argument is missing")
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "metadata", fail)
+    with pytest.raises(TypeError, match="an argument is missing"):
+        checkpoint.read(trained)
 
 
 def test_a_mistake_on_starting_gets_one_line(text_folder, tmp_path):

@@ -38,6 +38,14 @@ def test_the_others_are_told_of_any_error_of_the_host_that_prepares_the_data(mon
     assert told == [True]
 
 
+def test_all_do_what_the_first_process_sees(monkeypatch):
+    """Whether a step was evaluated, say, of which a shared disk may show the others an older state."""
+    assert run._first_says(True)
+    monkeypatch.setattr(run.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(run.multihost_utils, "broadcast_one_to_all", lambda mine: np.logical_not(mine))
+    assert (run._first_says(True), run._first_says(False)) == (False, True)
+
+
 @pytest.mark.parametrize(
     ("own", "others", "expected"),
     [

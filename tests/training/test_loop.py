@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -136,6 +137,7 @@ def test_sigterm_saves_and_leaves_in_good_order(text_folder, tmp_path):
     assert "Stopped by SIGTERM at step" in out
     assert out.count("SIGTERM: saves") == 1
     assert "Traceback" not in err
+    assert not re.search(r"^I\d{4} ", err, re.MULTILINE), "Orbax's notes on every file that it writes are not shown"
     saved = checkpoint.find(tmp_path)[1]
     assert f"step {saved:,}" in out
     # The last step that was logged is at most the one before the one saved.
@@ -254,9 +256,27 @@ def test_what_was_due_with_the_last_checkpoint_is_done_on_resuming(trained, text
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     lost = copy / "samples" / "00000024.txt"  # of steps after that checkpoint, which are taken anew
     lost.write_text("other weights wrote this")
+    notes = copy / "samples" / "notes.txt"
+    notes.write_text("somebody's own")
     loop.train(make_config({**trained_settings(text_folder), "train.steps": 25}), str(copy))
     assert not lost.exists()
+    assert notes.exists()
     assert [row["step"] for row in writers.read_jsonl(copy / "metrics.jsonl") if "heldout/ppl" in row] == [10, 20, 25]
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 0.5}\n{"step": 3, "a"')
+    assert [row["step"] for row in writers.read_jsonl(path)] == [1, 2]
+    log = writers.JsonlWriter(path, last_step=2)
+    log.write_scalars(3, {"a": 0.25})
+    log.close()
+    assert path.read_text() == '{"step": 1, "a": 1.0}\n{"step": 2, "a": 0.5}\n{"step": 3, "a": 0.25}\n'
+
+
+def test_figures_whose_error_is_unknown_are_told_without_one():
+    told = run_lib.describe(likelihood.Likelihood(np.log(50), 1000), {"uniform": 300.0})
+    assert told == "PPL 50.00 (NLL 3.9120 nats/token, BPD 5.6439; uniform 300.0)"
 
 
 def test_tensorboard_hides_only_the_steps_that_are_taken_anew(tmp_path):
@@ -398,6 +418,7 @@ def test_training_from_python_in_a_thread_with_a_writer_and_in_parts(text_folder
     assert {step for step, row in memory.rows if "train/loss" in row} == {5, 10, 15, 20}
     assert any("heldout/nll" in row for _, row in memory.rows)
     assert any("samples" in row for _, row in memory.rows)
+    assert [row["train.accumulate"] for _, row in memory.rows if "train.accumulate" in row] == [4]
     assert memory.closed == 1
     with pytest.raises(UserError, match=r"config\.train\.steps is 0"):
         duo_jax.train(make_config({**tiny_settings(text_folder), "train.steps": 0}), tmp_path, writers=[memory])

@@ -49,17 +49,30 @@ def test_a_file_that_cannot_be_written_is_named_before_the_work(settings, tmp_pa
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_the_work(trained, settings, tmp_path, monkeypatch):
+def test_a_run_may_itself_be_named_like_a_folder_of_checkpoints(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "checkpoints")
+    assert workdir.check(tmp_path / "checkpoints") == tmp_path / "checkpoints"
+
+
+def test_a_file_is_no_workdir(settings, tmp_path):
+    (tmp_path / "run").write_text("somebody's")
+    with pytest.raises(UserError, match="run cannot be written: it is a file, not a folder"):
+        loop.train(make_config(settings), str(tmp_path / "run"))
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tokenizer", "samples", "tensorboard"])
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(trained, settings, tmp_path, monkeypatch, name):
     shutil.copytree(trained, tmp_path / "run")
     real = files.tempfile.TemporaryFile
 
     def fails(dir):
-        if dir == tmp_path / "run" / "checkpoints":
+        if dir == tmp_path / "run" / name:
             raise PermissionError(13, "Permission denied")
         return real(dir=dir)
 
     monkeypatch.setattr(files.tempfile, "TemporaryFile", fails)
-    with pytest.raises(UserError, match="run/checkpoints cannot be written: Permission denied"):
+    with pytest.raises(UserError, match=f"run/{name} cannot be written: Permission denied"):
         loop.train(make_config(settings), str(tmp_path / "run"))
     assert not (tmp_path / "shards").exists()
 
