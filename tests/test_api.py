@@ -12,7 +12,7 @@ import pytest
 from helpers import command, make_config, run, trained_settings
 
 import duo_jax
-from duo_jax import modes, sampling
+from duo_jax import modes, results, sampling
 from duo_jax.evaluation import likelihood, rows
 from duo_jax.training import run as run_lib
 
@@ -92,6 +92,13 @@ def test_fewer_texts_than_are_sampled_at_once_share_their_program(params):
     shown = repr(result)
     assert shown.startswith("Samples(6 texts of 32 tokens, entropy ")
     assert len(shown) < 400
+
+
+def test_only_the_beginnings_of_some_texts_are_shown():
+    texts = ["short", "x" * 60, "y" * 61, "fourth", "fifth"]
+    samples = results.Samples(np.zeros((5, 8), np.int32), texts, np.full(5, 1.25), 3)
+    shown = f"['short', '{'x' * 60}', '{'y' * 60}...', 'fourth', ...]"
+    assert repr(samples) == f"Samples(5 texts of 8 tokens, entropy 1.25, 3 network calls: {shown})"
 
 
 def test_neither_a_seed_nor_top_p_compiles_anew(params):
@@ -226,6 +233,9 @@ def test_a_score_is_a_pair(params):
     assert jax.tree.map(lambda x: 2 * x, score) == (2 * nll, 2 * stderr)
     assert score._replace(nll=1.0).nll == 1.0
     assert "tokens=" in repr(score)
+    assert jax.tree.map(lambda x: 2 * x, score).tokens == score._replace(nll=1.0).tokens == 0, (
+        "they are no texts' scores"
+    )
 
 
 def test_what_is_no_network_is_told(params):

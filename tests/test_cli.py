@@ -5,9 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from absl import flags
 from helpers import ROOT, run
 
-from duo_jax import cli
+from duo_jax import cli, errors
 
 MAIN = [sys.executable, "-m", "duo_jax.main"]
 QUICK = [*MAIN, "--config=configs/quickstart.py", "--workdir=unused"]
@@ -33,6 +34,7 @@ QUICK = [*MAIN, "--config=configs/quickstart.py", "--workdir=unused"]
         ([*QUICK, "train"], "'train' is not a flag"),
         ([*MAIN, "--workdir=x"], "--config is missing"),
         ([*MAIN, "--config=configs/quickstart.py"], "--workdir is missing"),
+        ([*MAIN, "--config", "configs/quickstart.py"], "--workdir is missing"),
         ([*MAIN, "--config=configs/nothing.py", "--workdir=x"], "configs/lm1b.py, configs/owt.py"),
         ([*MAIN, "--config=README.md", "--workdir=x"], "is not a Python file"),
         ([*MAIN, "--config=setup.cfg", "--workdir=x"], "no such file"),
@@ -107,6 +109,21 @@ def test_memory_that_runs_out_is_told_with_what_to_do(capsys):
         assert "config.train.accumulate" in told
     with pytest.raises(RuntimeError, match="another"), cli.one_line_errors():
         raise RuntimeError("another")
+
+
+def test_another_programs_command_line_gives_no_settings(monkeypatch):
+    """As of a script that parses its own flags with absl and then calls this package."""
+    theirs = flags.FlagValues()
+    flags.DEFINE_string("theirs", "", "A flag.", flag_values=theirs)
+    monkeypatch.setattr(cli.flags, "FLAGS", theirs)
+    assert cli.given() is None
+    theirs(["program", "--theirs=x"])
+    assert cli.given() is None
+
+
+def test_the_first_line_of_an_error_tells_something():
+    assert errors.first_line(ValueError("\nthe first\nthe second")) == "the first"
+    assert errors.first_line(ValueError("")) == "ValueError"
 
 
 def test_ctrl_c_ends_a_command_in_a_word(capsys):

@@ -78,6 +78,8 @@ def test_a_recipe_traces(path):
         ({"seed": 2**63}, "config.seed is 9223372036854775808; it must be from 0 to 2\\^32 - 1"),
         ({"sample.seed": -1}, "config.sample.seed is -1; it must be from 0"),
         ({"train.accumulate": 3}, "config.train.batch_size = 512 must be a multiple of config.train.accumulate = 3"),
+        ({"sample.prompt": "The", "sample.infill": "The ___"}, "config.sample.infill are both given"),
+        ({"algo.curriculum.start": 5, "algo.curriculum.end": 4}, "config.algo.curriculum.end is before"),
         ({"algo.distillation.dt": "linear", "algo.distillation.dt_end": 3.0}, "must rise within \\(0, 1\\]"),
         ({"algo.name": "d3pm", "algo.schedule": "cosine"}, "config.algo.schedule is 'cosine', but the chain of d3pm"),
     ],

@@ -121,15 +121,18 @@ def test_all_that_is_asked_reaches_the_sampler(copy, text_folder, monkeypatch, n
     assert settings["infill"] is None
 
 
-def test_each_text_has_the_tokens_after_every_step_beside_it(copy, text_folder):
-    settings = {"mode": "sample", "sample.trajectory": True, "sample.num": 3, "sample.batch_size": 3}
+def test_each_text_has_the_tokens_after_every_step_beside_it(copy, text_folder, capsys):
+    settings = {"mode": "sample", "sample.trajectory": True, "sample.num": 6, "sample.batch_size": 3}
     modes.run(make_config({**trained_settings(text_folder), **settings}), str(copy))
     rows = [json.loads(line) for line in (copy / "samples.jsonl").read_text().splitlines()]
-    assert len(rows) == 3
+    assert len(rows) == 6
     for row in rows:
         assert [len(tokens) for tokens in row["trajectory"]] == [32] * len(row["trajectory"])
         assert len(row["trajectory"]) >= 4
         assert row["trajectory"][-1] == row["tokens"]
+    printed = capsys.readouterr().out
+    assert printed.count("(unigram entropy") == 4, "of all batches together"
+    assert "6 texts (the first 4 above) in " in printed
 
 
 def test_samples_are_not_overwritten(copy, text_folder, capsys):
