@@ -275,6 +275,8 @@ def sample(
 def replay(params: Params, samples: Samples, path: str | Path) -> None:
     """Writes a web page, complete in one file, that replays step by step how texts came about.
 
+    A character that several tokens share is shown as one `�` for each of them.
+
     Args:
         params: the network that wrote them.
         samples: what `sample` returned with `trajectory=True`.
@@ -283,12 +285,15 @@ def replay(params: Params, samples: Samples, path: str | Path) -> None:
     Raises:
         UserError: there is no trajectory, or the file cannot be written.
     """
-    _network_of(params)
+    network = _network_of(params)
+    if not isinstance(path, str | Path):
+        raise UserError(f"path is {path!r}; give a file, such as replay.html.")
     if not isinstance(samples, Samples) or samples.trajectory is None:
         raise UserError("there are no steps to replay; give what duo_jax.sample returns with trajectory=True.")
-    page = sampling.replay.page(tokenizer_of(params.tokenizer), samples.trajectory)
-    with files.written(path):
-        Path(path).write_text(page, encoding="utf-8")
+    mask_id = network.mask_id if network.process == "absorbing" else None
+    page = sampling.replay.page(tokenizer_of(params.tokenizer), samples.trajectory, mask_id)
+    with files.written(path, "give another path"):
+        Path(path).expanduser().write_text(page, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -342,12 +347,13 @@ def _whole(name: str, value: Any) -> int:
 
 def _seeds(value: Any, batch_size: int) -> tuple[int | list[int], int]:
     """Returns one seed or several, and how many texts; or raises UserError."""
-    if isinstance(value, str) or not np.iterable(value):
+    several = value.ndim > 0 if isinstance(value, np.ndarray) else isinstance(value, Sequence)
+    if not several or isinstance(value, str | bytes):
         return _seed(value), batch_size
     seeds = [_seed(one) for one in value]
     if not seeds or batch_size not in (1, len(seeds)):
         raise UserError(
-            f"there are {len(seeds)} seeds for batch_size {batch_size}; give one for each text, or one for all."
+            f"batch_size is {batch_size}, but the number of seeds is {len(seeds)}; give one for each text, or one for all."
         )
     return seeds, len(seeds)
 

@@ -168,9 +168,7 @@ def default() -> ConfigDict:
     config.sample.temperature = 1.0  # below 1 makes probable tokens more probable
     config.sample.prompt = ""  # how the texts begin
     config.sample.negative_prompt = ""  # for mode = sample: guidance leads away from this instead of from no prompt
-    config.sample.trajectory = (
-        False  # for mode = sample: also write the tokens after every step, and a page to replay them
-    )
+    config.sample.trajectory = False  # for mode = sample: also keep every step, and write a page to replay them
     config.sample.infill = ""  # a text with gaps to fill, each written ___
     config.sample.guidance = 1.0  # for mode = sample: above 1 leads away from predictions without the prompt; 1: off
     config.sample.early_stop = 0  # a uniform-state text is finished after this many steps without a change; 0: never

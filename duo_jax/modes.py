@@ -167,8 +167,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
     """Samples texts from the newest checkpoint, prints the first few, and writes them to `WORKDIR/samples.jsonl`.
 
     If that exists, to `samples-2.jsonl` and so on: samples may be hours of work. With `config.sample.trajectory`,
-    `samples.html` replays the first few. If the workdir is the folder of a
-    checkpoint, its run's folder is written to.
+    `samples.html` replays the first few. If the workdir is the folder of a checkpoint, its run's folder is written to.
     """
     params, home, *_ = _load(config, workdir)
     files.check_folder(home)
@@ -225,7 +224,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
     shown = f" (the first {_SHOWN} above)" if len(result.text) > _SHOWN else ""
     progress.say(f"{len(result.text)} texts{shown} in {result.network_calls} network calls a batch; written to {path}.")
     if result.trajectory is not None:
-        page = path.with_suffix(".html")
+        page = _new(home, path.stem, ".html")
         api.replay(params, dataclasses.replace(result, trajectory=result.trajectory[:, :_SHOWN]), page)
         progress.say(f"Open {page} in a browser to see how they came about.")
 

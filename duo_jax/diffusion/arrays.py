@@ -31,18 +31,18 @@ def per_token(value: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 
 
 def token_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One typed key per token, of the given shape: a draw does not depend on how the tokens are cut into chunks.
+    """One typed key per token, of the given shape: a draw does not depend on how the tokens are cut into chunks."""
+    return jax.random.split(_typed(key), shape)
 
-    Raw keys, as from `jax.random.PRNGKey`, are converted first: `map_keys` needs the array's shape to be that of the keys.
-    """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    return jax.random.split(key, shape)
+
+def _typed(key: jax.Array) -> jax.Array:
+    """Converts a raw key, as from `jax.random.PRNGKey`: `map_keys` needs the array's shape to be that of the keys."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def numbered_keys(key: jax.Array, n: int) -> jax.Array:
     """Typed keys `[n]`, one per row; that of row i is the same for every n > i."""
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n))
+    return jax.vmap(functools.partial(jax.random.fold_in, _typed(key)))(jnp.arange(n))
 
 
 def keys_of_rows(keys: jax.Array, length: int) -> jax.Array:

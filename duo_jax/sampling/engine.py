@@ -331,7 +331,7 @@ def walk(
 
     Args:
         denoise_fn: `denoise_fn(z_t int32 [B, L], sigma [B]) -> log_p [B, L, K]`, in nats; log-scores with `score`.
-        key: a typed PRNG key. The draws of row i are the same for every B.
+        key: a PRNG key. The draws of row i are the same for every B (with JAX's default keys, threefry).
         shape: (B, L).
         vocab_size: K, the mask included.
         schedule: the noise schedule; sigma = -log alpha_t.

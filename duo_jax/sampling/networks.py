@@ -78,7 +78,7 @@ def sample_tokens(
     settings: Settings,
     mesh: Mesh | None = None,
 ) -> Walk:
-    """Returns texts from a network, diffusion or autoregressive, each drawn with its own of the typed PRNG keys `[B]`.
+    """Returns texts from a network, diffusion or autoregressive, each drawn with its own of the typed `keys [B]`.
 
     Compiled once per shape and settings; the keys, known tokens, `top_p`, temperature and guidance weight may change.
     """

@@ -18,6 +18,9 @@ from duo_jax.sampling import engine, networks
 from duo_jax.sampling.prompts import Known
 from duo_jax.sampling.settings import Settings
 
+# Keeps the keys of texts apart from those of training and of `score` with the same seed.
+_STREAM = 7
+
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
@@ -80,7 +83,9 @@ def _keys(origins: jax.Array, window: jax.typing.ArrayLike) -> jax.Array:
     """Returns typed PRNG keys `[B]` for a window of the texts with these `origins`, `[B, 2]`."""
 
     def key(origin: jax.Array) -> jax.Array:
-        text = jax.random.fold_in(jax.random.key(origin[0]), origin[1])
+        # Always threefry: of a batch of rbg's keys JAX uses the first only, and a text would depend on the one before it.
+        seed = jax.random.key(origin[0], impl="threefry2x32")
+        text = jax.random.fold_in(jax.random.fold_in(seed, _STREAM), origin[1])
         return jax.random.fold_in(text, window)
 
     return jax.vmap(key)(origins)

@@ -221,11 +221,11 @@ def test_batches_come_as_they_are_finished(params):
         ({"seed": 2**40}, "from 0 to"),
         ({"seed": [1, "a"]}, "seed is 'a'"),
         ({"seed": [1, 2**40]}, "from 0 to"),
-        ({"seed": []}, "there are 0 seeds for batch_size 1"),
-        (
-            {"seed": [1, 2], "batch_size": 3},
-            "there are 2 seeds for batch_size 3; give one for each text, or one for all",
-        ),
+        ({"seed": []}, "the number of seeds is 0"),
+        ({"seed": [1, 2], "batch_size": 3}, "batch_size is 3, but the number of seeds is 2; give one for each text"),
+        ({"seed": [[1], [1, 2]]}, "seed is [1]"),
+        ({"seed": b"3"}, "seed is b'3'"),
+        ({"seed": jax.random.PRNGKey(3)}, "it must be a whole number"),
         ({"top_p": "x"}, "top_p is 'x'; it must be a number"),
         ({"temperature": None}, "temperature is None"),
         ({"guidance": float("nan"), "prompt": "The"}, "guidance is nan; it must be a finite number"),
@@ -356,13 +356,30 @@ def test_texts_may_have_seeds_of_their_own(params):
     )
 
 
-def test_every_window_of_every_text_has_draws_of_its_own():
+def test_every_window_of_every_text_has_draws_of_its_own(params, monkeypatch):
+    draw, seen = sampling.networks.sample_tokens, []
+
+    def spy(weights, keys, *args, **kwargs):
+        seen.append(jax.random.key_data(keys))
+        return draw(weights, keys, *args, **kwargs)
+
+    monkeypatch.setattr(sampling.networks, "sample_tokens", spy)
+    duo_jax.sample(params, n_steps=1, batch_size=4, rows_at_once=2, length=50, seed=5)
+    assert len(seen) == 2 * 3
+    assert len(np.unique(np.concatenate(seen), axis=0)) == 4 * 3
+    # Nor are they those of training or of a score with this seed.
+    plain = jax.random.key_data(jax.random.split(jax.random.key(5), 64))
+    assert len(np.unique(np.concatenate([*seen, plain]), axis=0)) == 4 * 3 + 64
+
+
+def test_the_origins_of_texts():
     origins = sampling.texts.origins_of(2**32 - 1, 3)
     assert origins.tolist() == [[2**32 - 1, 0], [2**32 - 1, 1], [2**32 - 1, 2]]
     assert sampling.texts.origins_of([5, 6, 5], 3).tolist() == [[5, 0], [6, 0], [5, 0]]
-    both = np.concatenate([origins, sampling.texts.origins_of(0, 3)])
-    keys = [jax.random.key_data(sampling.texts._keys(both, np.uint32(window))) for window in (0, 1)]
-    assert len(np.unique(np.concatenate(keys), axis=0)) == 12
+    with jax.default_prng_impl("unsafe_rbg"):  # JAX would use only the first of a batch of such keys
+        keys = sampling.texts._keys(origins, np.uint32(0))
+    expected = sampling.texts._keys(origins, np.uint32(0))
+    np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(expected))
 
 
 def test_batches_are_split_and_joined(params):

@@ -1,5 +1,6 @@
 """The page that replays how texts were sampled."""
 
+import dataclasses
 import json
 import re
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 import duo_jax
+from duo_jax.data import tokenizers
 from duo_jax.data.tokenizer import Tokenizer
+from duo_jax.results import Samples
 from duo_jax.sampling import replay
 
 
@@ -69,5 +72,29 @@ def test_replaying_sampled_texts(params, tmp_path):
     assert [len(text["changes"]) for text in data["texts"]] == [2, 2]
     with pytest.raises(duo_jax.UserError, match="there are no steps to replay"):
         duo_jax.replay(params, duo_jax.sample(params, n_steps=2, length=20), path)
-    with pytest.raises(duo_jax.UserError, match="nowhere"):
+    with pytest.raises(duo_jax.UserError, match=r"nowhere.* cannot be written: .*; give another path\.$"):
         duo_jax.replay(params, result, tmp_path / "nowhere" / "replay.html")
+    with pytest.raises(duo_jax.UserError, match="path is None; give a file"):
+        duo_jax.replay(params, result, None)
+
+
+def test_pieces_join_to_the_text(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "dog", "##s"]), encoding="utf-8")
+    words, pairs = tokenizers.load(str(path)), duo_jax.api.tokenizer_of(duo_jax.load("quickstart").tokenizer)
+    for tokenizer in (words, pairs):
+        ids = [tokenizer.bos_id, *tokenizer.encode("the dogs the dog")]
+        pieces = data_of(replay.page(tokenizer, np.array(ids).reshape(1, 1, -1)))["pieces"]
+        text = "".join(pieces[str(i)] for i in ids)
+        assert text == tokenizer.special_names[tokenizer.bos_id] + (tokenizer is words) * " " + "the dogs the dog"
+
+
+def test_a_mask_is_shown_as_one(params, tmp_path):
+    """Though tokenizers may call the same id by another name; for a uniform-state network it is not a mask."""
+    masked = params.replace(network=dataclasses.replace(params.network, algo="mdlm", mask_id=0))
+    tokens = np.zeros((1, 4), np.int32)
+    samples = Samples(tokens, [""], np.zeros(1), 1, tokens[None])
+    for network, shown in ((masked, True), (params, False)):
+        duo_jax.replay(network, samples, tmp_path / "page.html")
+        (piece,) = data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["pieces"].values()
+        assert (piece == "▒") == shown

@@ -215,16 +215,16 @@ def test_all_that_is_asked_reaches_the_sampler_of_a_run(text_folder, tmp_path, m
     asked = {"sample.top_p": 0.9, "sample.temperature": 0.7, "sample.seed": 5, "sample.stride": 8, "sample.length": 50}
     seen = []
 
-    def sample(ema, network, settings, key, known, **others):
-        seen.append((settings.nucleus, jax.random.key_data(key).tolist(), known[0].shape[1], others))
+    def sample(ema, network, settings, origins, known, **others):
+        seen.append((settings.nucleus, origins.tolist(), known[0].shape, others))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_lib.sampling.texts, "sample", sample)
     config = make_config({**tiny_settings(text_folder), **asked})
     with loop.Run.open(config, str(tmp_path)) as run_, pytest.raises(KeyboardInterrupt):
         run_.sample(1, {})
-    ((nucleus, key, length, others),) = seen
-    assert (nucleus, key, length) == (True, jax.random.key_data(jax.random.key(5)).tolist(), 50)
+    ((nucleus, origins, shape, others),) = seen
+    assert (nucleus, origins, shape) == (True, [[5, 0], [5, 1]], (2, 50))
     assert (others["knobs"].top_p, others["knobs"].temperature, others["stride"]) == (0.9, 0.7, 8)
     assert others["bos_id"] == run_.tokenizer.bos_id
 
