@@ -89,7 +89,8 @@ class _Rebuild:
 
     def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
         numbers = (offset, *shape, *strides)
-        if not isinstance(storage, _Storage) or not all(type(n) is int for n in numbers):
+        whole = all(type(n) is int for n in numbers) and len(shape) == len(strides)
+        if not isinstance(storage, _Storage) or not whole:
             raise pickle.UnpicklingError("a malformed tensor")
         return Tensor(storage, offset, tuple(shape), tuple(strides))
 

@@ -163,6 +163,22 @@ def test_a_tensor_that_begins_before_its_numbers_is_refused(tmp_path):
                 archive.array(tensor._replace(**wrong))
 
 
+@pytest.mark.parametrize(
+    "change", [{"storage": None}, {"offset": 0.0}, {"shape": (2.0, 3)}, {"strides": (3,)}, {"strides": 3}]
+)
+def test_a_tensor_that_is_none_is_refused(tmp_path, monkeypatch, change):
+    real = torch_files._Tensor.__reduce__
+
+    def reduced(tensor):
+        vars(tensor).update(change)
+        return real(tensor)
+
+    monkeypatch.setattr(torch_files._Tensor, "__reduce__", reduced)
+    torch_files.save({"a": np.ones((2, 3), np.float32)}, tmp_path / "a.pt")
+    with pytest.raises(duo_jax.UserError, match=r"a\.pt cannot be read: "):
+        pickled.Archive(tmp_path / "a.pt")
+
+
 def test_a_file_of_another_byte_order_is_refused(tmp_path, state, asked):
     torch_files.save(state, tmp_path / "a.pt", byteorder="big")
     with pytest.raises(duo_jax.UserError, match="written on a big-endian machine"):
