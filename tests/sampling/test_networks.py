@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -405,7 +406,8 @@ def test_two_devices_share_the_rows_and_give_the_same_texts(trained, params):
         "p = duo_jax.load(sys.argv[1]); kw = dict(n_steps=3, length=20, prompt='The town');"
         "print(json.dumps([duo_jax.sample(p, batch_size=b, **kw).tokens.tolist() for b in (4, 3)]))"
     )
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PATH": ""}
+    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
     result = subprocess.run(
         [sys.executable, "-c", code, str(trained)],
         capture_output=True,
