@@ -1,5 +1,6 @@
 """A run small enough for tests: a 20k-parameter network on a few hundred paragraphs of real text."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -71,3 +72,9 @@ def run(args: list[str], **kwargs) -> subprocess.CompletedProcess:
     """Runs a command in the project's folder, on one CPU device, and returns what it printed."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def of_algorithm(params, algo):
+    """The trained network read as one of another algorithm; an autoregressive one does not look at adaLN's weights."""
+    network = params.network
+    return params.replace(network=dataclasses.replace(network, algo=algo, mask_id=network.vocab_size - 1))

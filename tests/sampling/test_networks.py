@@ -1,6 +1,5 @@
 """Samplers on networks: every algorithm, strides, batches, devices, and what is compiled."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, make_config, trained_settings
+from helpers import ROOT, make_config, of_algorithm, trained_settings
 from known_joint import FALSE_ALARM, p_value
 
 import duo_jax
@@ -38,12 +37,6 @@ def make(algo, vocab=40, length=LENGTH, **sizes):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     return network, jax.tree.unflatten(tree, noisy)
-
-
-def of(params, algo):
-    """The trained network read as one of another algorithm; an autoregressive one does not look at adaLN's weights."""
-    network = params.network
-    return params.replace(network=dataclasses.replace(network, algo=algo, mask_id=network.vocab_size - 1))
 
 
 def test_the_cache_gives_what_the_whole_text_gives():
@@ -104,7 +97,9 @@ def test_autoregressive_texts_follow_the_networks_joint():
     ],
 )
 def test_every_algorithm_samples_with_a_prompt(params, algo, settings):
-    result = duo_jax.sample(of(params, algo), n_steps=5, prompt="The town of", batch_size=2, length=20, **settings)
+    result = duo_jax.sample(
+        of_algorithm(params, algo), n_steps=5, prompt="The town of", batch_size=2, length=20, **settings
+    )
     assert result.tokens.shape == (2, 20)
     assert all(text.startswith("The town of") for text in result.text)
     vocab = params.network.vocab_size
@@ -170,18 +165,18 @@ def test_neither_prompt_nor_seed_nor_temperature_compiles_anew(params):
 
 
 def test_what_an_autoregressive_network_does_not_use_compiles_nothing(params):
-    first = duo_jax.sample(of(params, "ar"), n_steps=2, length=20)
+    first = duo_jax.sample(of_algorithm(params, "ar"), n_steps=2, length=20)
     before = sampling.sample_tokens._cache_size()
-    again = duo_jax.sample(of(params, "ar"), n_steps=8, length=20, sampler="autoregressive")
+    again = duo_jax.sample(of_algorithm(params, "ar"), n_steps=8, length=20, sampler="autoregressive")
     np.testing.assert_array_equal(first.tokens, again.tokens)
     assert sampling.sample_tokens._cache_size() == before
 
 
 def test_an_autoregressive_row_of_which_nothing_is_held_begins_with_bos(params):
     given = [[5, 6, 0], [77, 8, 9]], [[1, 1, 0], [0, 0, 0]]
-    tokens = duo_jax.sample(of(params, "ar"), infill=given, batch_size=2, length=20).tokens
+    tokens = duo_jax.sample(of_algorithm(params, "ar"), infill=given, batch_size=2, length=20).tokens
     assert tokens[0, :2].tolist() == [5, 6]
-    assert tokens[1, 0] == duo_jax.sample(of(params, "ar"), length=20).tokens[0, 0]
+    assert tokens[1, 0] == duo_jax.sample(of_algorithm(params, "ar"), length=20).tokens[0, 0]
 
 
 def test_guidance_does_not_lead_away_from_what_neither_text_holds(params):
@@ -250,7 +245,7 @@ def test_wrong_kinds_of_values_are_told(params, kwargs, message):
 
 def test_an_autoregressive_text_has_two_tokens_at_least(params):
     with pytest.raises(duo_jax.UserError, match="at least 1 and 2"):
-        duo_jax.sample(of(params, "ar"), length=1)
+        duo_jax.sample(of_algorithm(params, "ar"), length=1)
 
 
 def test_a_trajectory(params):
@@ -267,7 +262,9 @@ def test_long_texts_grow_in_strides(params, algo):
         "half the network's length, unless said otherwise"
     )
     before = sampling.sample_tokens._cache_size()
-    result = duo_jax.sample(of(params, algo), n_steps=3, length=75, stride=20, batch_size=2, prompt="The river is")
+    result = duo_jax.sample(
+        of_algorithm(params, algo), n_steps=3, length=75, stride=20, batch_size=2, prompt="The river is"
+    )
     assert result.tokens.shape == (2, 75)
     assert sampling.sample_tokens._cache_size() == before + 1
     assert all(text.startswith("The river is") for text in result.text)
@@ -324,63 +321,6 @@ def test_each_batch_is_given_its_own_rows(params, monkeypatch):
     assert result.network_calls == 9
     duo_jax.sample(params, length=20, batch_size=3)
     assert seen[-1][0].shape == (3, 20)
-
-
-@pytest.mark.parametrize(
-    ("algo", "kwargs"),
-    [
-        ("duo_base", {"sampler": "psi", "top_p": 0.9}),
-        ("duo_base", {"prompt": "The town", "guidance": 1.5}),
-        ("duo_base", {"length": 50}),  # three windows
-        ("mdlm", {"sampler": "ancestral_cache", "n_steps": 20}),
-        ("ar", {}),
-    ],
-)
-def test_a_text_does_not_depend_on_the_texts_beside_it(params, algo, kwargs):
-    network = of(params, algo)
-    five = duo_jax.sample(network, **{"n_steps": 4} | kwargs, batch_size=5, seed=3, rows_at_once=5).tokens
-    assert len(np.unique(five, axis=0)) == 5
-    two_at_once = duo_jax.sample(network, **{"n_steps": 4} | kwargs, batch_size=5, seed=3, rows_at_once=2).tokens
-    np.testing.assert_array_equal(two_at_once, five)
-    alone = duo_jax.sample(network, **{"n_steps": 4} | kwargs, batch_size=1, seed=3, rows_at_once=2).tokens
-    np.testing.assert_array_equal(alone, five[:1])
-
-
-def test_texts_may_have_seeds_of_their_own(params):
-    settings = {"n_steps": 3, "length": 20, "rows_at_once": 4}
-    texts = duo_jax.sample(params, seed=[7, 5, 7], **settings).tokens
-    for text, seed in zip(texts, (7, 5, 7), strict=True):
-        np.testing.assert_array_equal(text, duo_jax.sample(params, seed=np.uint32(seed), **settings).tokens[0])
-    assert (texts[0] != texts[1]).any()
-    np.testing.assert_array_equal(
-        texts, duo_jax.sample(params, seed=np.array([7, 5, 7]), batch_size=3, **settings).tokens
-    )
-
-
-def test_every_window_of_every_text_has_draws_of_its_own(params, monkeypatch):
-    draw, seen = sampling.networks.sample_tokens, []
-
-    def spy(weights, keys, *args, **kwargs):
-        seen.append(jax.random.key_data(keys))
-        return draw(weights, keys, *args, **kwargs)
-
-    monkeypatch.setattr(sampling.networks, "sample_tokens", spy)
-    duo_jax.sample(params, n_steps=1, batch_size=4, rows_at_once=2, length=50, seed=5)
-    assert len(seen) == 2 * 3
-    assert len(np.unique(np.concatenate(seen), axis=0)) == 4 * 3
-    # Nor are they those of training or of a score with this seed.
-    plain = jax.random.key_data(jax.random.split(jax.random.key(5), 64))
-    assert len(np.unique(np.concatenate([*seen, plain]), axis=0)) == 4 * 3 + 64
-
-
-def test_the_origins_of_texts():
-    origins = sampling.texts.origins_of(2**32 - 1, 3)
-    assert origins.tolist() == [[2**32 - 1, 0], [2**32 - 1, 1], [2**32 - 1, 2]]
-    assert sampling.texts.origins_of([5, 6, 5], 3).tolist() == [[5, 0], [6, 0], [5, 0]]
-    with jax.default_prng_impl("unsafe_rbg"):  # JAX would use only the first of a batch of such keys
-        keys = sampling.texts._keys(origins, np.uint32(0))
-    expected = sampling.texts._keys(origins, np.uint32(0))
-    np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(expected))
 
 
 def test_batches_are_split_and_joined(params):
@@ -482,5 +422,5 @@ def test_the_sample_mode_writes_what_was_asked(trained, text_folder, tmp_path, c
 )
 def test_impossible_requests_get_one_line(params, algo, kwargs, message):
     with pytest.raises(duo_jax.UserError, match=message) as error:
-        duo_jax.sample(of(params, algo), **kwargs)
+        duo_jax.sample(of_algorithm(params, algo), **kwargs)
     assert "\n" not in str(error.value)

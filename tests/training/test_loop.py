@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers import ROOT, command, make_config, run, tiny_settings, trained_settings
-from tensorboardX.proto import event_pb2
 
 import duo_jax
 from duo_jax import progress
@@ -264,34 +262,9 @@ def test_what_was_due_with_the_last_checkpoint_is_done_on_resuming(trained, text
     assert [row["step"] for row in writers.read_jsonl(copy / "metrics.jsonl") if "heldout/ppl" in row] == [10, 20, 25]
 
 
-def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 0.5}\n{"step": 3, "a"')
-    assert [row["step"] for row in writers.read_jsonl(path)] == [1, 2]
-    log = writers.JsonlWriter(path, last_step=2)
-    log.write_scalars(3, {"a": 0.25})
-    log.close()
-    assert path.read_text() == '{"step": 1, "a": 1.0}\n{"step": 2, "a": 0.5}\n{"step": 3, "a": 0.25}\n'
-
-
 def test_figures_whose_error_is_unknown_are_told_without_one():
     told = run_lib.describe(likelihood.Likelihood(np.log(50), 1000), {"uniform": 300.0})
     assert told == "PPL 50.00 (NLL 3.9120 nats/token, BPD 5.6439; uniform 300.0)"
-
-
-def test_tensorboard_hides_only_the_steps_that_are_taken_anew(tmp_path):
-    curves = writers.TensorBoardWriter(tmp_path, last_step=20)
-    curves.write_scalars(21, {"train/loss": 3.0})
-    curves.close()
-    (file,) = tmp_path.iterdir()
-    data, events = file.read_bytes(), []
-    while data:  # each event between a length with its checksum, 8 + 4 bytes, and a checksum of 4
-        (size,) = struct.unpack("<Q", data[:8])
-        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
-        data = data[16 + size :]
-    starts = [event.step for event in events if event.session_log.status == event_pb2.SessionLog.START]
-    assert starts == [21], "TensorBoard drops what earlier files have from this step on"
-    assert [event.step for event in events if event.summary.value] == [21]
 
 
 class Loss:
